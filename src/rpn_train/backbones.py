@@ -1,0 +1,299 @@
+"""Backbones: networks that turn a batch of images into feature maps of known strides.
+
+Each is a classification network cut after its last useful layer (`body`), with or without a feature
+pyramid on top (`fpn`), under the state-dict keys of torchvision's detectors.
+"""
+
+import difflib
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from rpn_train.errors import CheckpointError, ConfigError
+
+Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+
+
+def _group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
+    """32 groups (Wu and He 2018), or the most below 32 that divide the channels."""
+    return nn.GroupNorm(max(g for g in range(1, 33) if channels % g == 0), channels, eps=eps)
+
+
+_NORMS: dict[Norm, Callable[..., nn.Module]] = {
+    "frozen_bn": FrozenBatchNorm2d,
+    "bn": nn.BatchNorm2d,
+    "sync_bn": nn.SyncBatchNorm,
+    "gn": _group_norm,
+}
+
+
+class Backbone(nn.Module):
+    """Images to feature maps, fine to coarse.
+
+    A body of four maps (strides 4 to 32) gets a feature pyramid (Lin et al. 2017) whose fifth map
+    subsamples the fourth; a body of one map (stride 16) is used as it is. `stage_ends` names the
+    last child of the body in each stage that can be frozen.
+
+    Attributes:
+        out_channels: channels of every map that comes out.
+        strides: pixels between neighbouring cells, one number per map.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        *,
+        channels: Sequence[int],
+        stage_ends: Sequence[str] = (),
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        assert len(channels) in (1, 4)
+        pyramid = len(channels) == 4
+        self.out_channels: int = 256 if pyramid else channels[0]
+        self.strides: tuple[int, ...] = (4, 8, 16, 32, 64) if pyramid else (16,)
+        self.body = body
+        self.fpn = FeaturePyramidNetwork([*channels], 256, LastLevelMaxPool()) if pyramid else None
+        self._stage_ends = tuple(stage_ends)
+        self._frozen: tuple[str, ...] = ()
+        self._channels_last = channels_last
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the feature maps.
+
+        Args:
+            images: float [B, 3, H, W], normalised as the weights expect.
+
+        Returns:
+            One [B, out_channels, H/s, W/s] per stride s, exactly so where H and W are multiples of
+            the largest stride. Otherwise each network rounds in its own way: pad the images first.
+        """
+        maps = self.body(images)
+        maps = list(maps.values()) if isinstance(maps, dict) else maps
+        if self._channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]  # [B, H, W, C] -> [B, C, H, W]
+        if self.fpn is not None:
+            maps = list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
+        return maps
+
+    def freeze(self, stages: int) -> None:
+        """Stop the first stages from learning; ConfigError where there are not so many."""
+        most = len(self._stage_ends)
+        if not 0 <= stages <= most:
+            raise ConfigError(
+                f"backbone.frozen_stages: expected 0 to {most} for this backbone, got {stages}"
+            )
+        children = [name for name, _ in self.body.named_children()]
+        end = children.index(self._stage_ends[stages - 1]) + 1 if stages else 0
+        self._frozen = tuple(children[:end])
+        for i, name in enumerate(children):
+            self.body.get_submodule(name).requires_grad_(i >= end)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the mode of all but the frozen stages, whose batch norm keeps its statistics."""
+        super().train(mode)
+        for name in self._frozen:
+            self.body.get_submodule(name).eval()
+        return self
+
+
+def build_backbone(name: str, *, weights: str | None, frozen_stages: int, norm: Norm) -> Backbone:
+    """Build a backbone by name.
+
+    Args:
+        name: a key of `BACKBONES`, or `timm:<name>` for any network of the `timm` package that has
+            features of strides 4, 8, 16 and 32.
+        weights: None for random numbers (torchvision's, from torch's global generator); a name
+            torchvision gives to weights of this network, as `DEFAULT` or `IMAGENET1K_V1`; or a file
+            with the state dict of the classification network. timm has `DEFAULT` and files.
+        frozen_stages: 0 none, 1 the stem, 2 also the first stage of blocks (Detectron2's FREEZE_AT
+            2, torchvision's 3 trainable layers), and so on to 5, or 4 for C4. For vgg16 the five
+            blocks of convolutions: the paper freezes 2. For timm only 0.
+        norm: what stands where the network has batch norm; vgg16, convnext_tiny and swin_t have
+            none and ignore it, and the pyramid has none either. `frozen_bn` without weights is the
+            identity. `sync_bn` in a process group trains on GPUs only. timm does not offer `gn`.
+
+    Raises:
+        ConfigError: there is no such name, or it does not offer what is asked of it.
+        CheckpointError: the weights cannot be found, read or fitted to the network.
+    """
+    if name.startswith("timm:"):
+        backbone = _from_timm(name.removeprefix("timm:"), weights=weights, norm=norm)
+    elif name in BACKBONES:
+        backbone = BACKBONES[name](weights=weights, norm=norm)
+    else:
+        expected = " | ".join(map(repr, [*BACKBONES, "timm:<name>"]))
+        close = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise ConfigError(f"backbone.name: expected {expected}, got '{name}'{hint}")
+    backbone.freeze(frozen_stages)
+    return backbone
+
+
+def _from_torchvision(
+    arch: str,
+    *,
+    trunk: str,
+    stage_ends: Sequence[str],
+    channels: Sequence[int],
+    norm_eps: float | None,
+    channels_last: bool = False,
+    weights: str | None,
+    norm: Norm,
+) -> Backbone:
+    """Cut the torchvision network `arch` after its last stage.
+
+    The children of its submodule `trunk` run one after the other. Of the stages, which end with the
+    children `stage_ends`, the last `len(channels)` are read, and put out so many channels.
+    `norm_eps` is None where the network has no batch norm.
+    """
+    state = None if weights is None else _read_weights(arch, weights)
+    norm_layer = None if norm_eps is None else partial(_NORMS[norm], eps=norm_eps)
+    network = get_model(arch, **({"norm_layer": norm_layer} if norm_layer else {}))
+    for module in network.modules():
+        if isinstance(module, StochasticDepth):
+            # It would draw from the global generator, and a step must be a function of seed and
+            # step alone. Differs from torchvision in training: test_training_draws_nothing.
+            module.p = 0.0
+    levels = {end: end for end in stage_ends[-len(channels) :]}
+    body = IntermediateLayerGetter(network.get_submodule(trunk), levels)
+    if state is not None:
+        _load_body(body, state, trunk=trunk, what=f"'{weights}' in {arch} with norm '{norm}'")
+    return Backbone(body, channels=channels, stage_ends=stage_ends, channels_last=channels_last)
+
+
+def _read_weights(arch: str, weights: str) -> dict[str, Tensor]:
+    """Read the state dict that a file holds or a name of torchvision's stands for."""
+    named = get_model_weights(arch).__members__
+    if weights not in named:
+        if not Path(weights).is_file():
+            expected = " | ".join(map(repr, named))
+            raise CheckpointError(
+                f"backbone.weights: expected {expected} or a file, got '{weights}'"
+            )
+        return _read_state_dict(Path(weights))
+    url = named[weights].url
+    path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
+    if path.is_file():
+        return _read_state_dict(path)
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:  # no network; a wrong hash
+        raise CheckpointError(
+            f"backbone.weights: '{weights}' is not at {path} and cannot be downloaded ({error}): "
+            f"put {path.name} there or give backbone.weights=FILE"
+        ) from error
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a file that holds nothing but names and tensors."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can break the reader in any way
+        raise CheckpointError(
+            f"backbone.weights: expected a state dict, cannot read {path} ({type(error).__name__})"
+        ) from error
+    pairs = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        raise CheckpointError(
+            f"backbone.weights: expected a state dict, names to tensors and no more, in {path}"
+        )
+    return state
+
+
+def _load_body(body: nn.ModuleDict, state: Mapping[str, Tensor], *, trunk: str, what: str) -> None:
+    """Copy the weights of the body's own children; those of a classifier, say, are left over."""
+    children = tuple(f"{trunk}.{child}.".removeprefix(".") for child in body)
+    whole = nn.ModuleDict({trunk: body}) if trunk else body
+    try:
+        whole.load_state_dict({k: v for k, v in state.items() if k.startswith(children)})
+    except RuntimeError as error:
+        reasons = "; ".join(textwrap.shorten(line, 150) for line in str(error).splitlines()[1:4])
+        raise CheckpointError(f"backbone.weights: cannot load {what}: {reasons}") from error
+
+
+def _from_timm(arch: str, *, weights: str | None, norm: Norm) -> Backbone:
+    """Put a pyramid on the last four features of one of timm's networks."""
+    try:
+        import timm
+    except ImportError:
+        need = "pip install 'rpn-train[timm]'"
+        raise ConfigError(f"backbone.name: 'timm:{arch}' needs {need}") from None
+    norms: dict[Norm, Callable[[Any], Any]] = {
+        "frozen_bn": timm.layers.freeze_batch_norm_2d,
+        "bn": lambda body: body,
+        "sync_bn": timm.layers.convert_sync_batchnorm,
+    }
+    if norm not in norms:
+        expected = " | ".join(map(repr, norms))
+        raise ConfigError(f"backbone.norm: expected {expected} for timm, got '{norm}'")
+    try:
+        body = timm.create_model(
+            arch,
+            features_only=True,
+            out_indices=(-4, -3, -2, -1),
+            pretrained=weights is not None,
+            pretrained_cfg_overlay=None if weights in (None, "DEFAULT") else {"file": weights},
+        )
+    except Exception as error:  # timm's errors have no class in common
+        kind = ConfigError if weights is None else CheckpointError
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+        raise kind(f"backbone: timm, '{arch}', weights '{weights}': {reason}") from error
+    strides = body.feature_info.reduction()
+    if strides != [4, 8, 16, 32]:
+        raise ConfigError(f"backbone.name: expected strides [4, 8, 16, 32], {arch} has {strides}")
+    for module in body.modules():
+        if isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.0  # as in _from_torchvision
+    channels = body.feature_info.channels()
+    return Backbone(norms[norm](body), channels=channels, channels_last=body.output_fmt == "NHWC")
+
+
+_BASIC = (64, 128, 256, 512)
+_BOTTLENECK = (256, 512, 1024, 2048)
+_LAYERS = ("maxpool", "layer1", "layer2", "layer3", "layer4")
+_resnet = partial(_from_torchvision, trunk="", stage_ends=_LAYERS, norm_eps=1e-5)
+_resnet_c4 = partial(_resnet, stage_ends=_LAYERS[:-1])
+_features = partial(_from_torchvision, trunk="features", norm_eps=None)
+_patches = partial(_features, stage_ends=("0", "1", "3", "5", "7"), channels=(96, 192, 384, 768))
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "resnet18_fpn": partial(_resnet, "resnet18", channels=_BASIC),
+    "resnet34_fpn": partial(_resnet, "resnet34", channels=_BASIC),
+    "resnet50_fpn": partial(_resnet, "resnet50", channels=_BOTTLENECK),
+    "resnet101_fpn": partial(_resnet, "resnet101", channels=_BOTTLENECK),
+    "resnext50_32x4d_fpn": partial(_resnet, "resnext50_32x4d", channels=_BOTTLENECK),
+    "resnext101_32x8d_fpn": partial(_resnet, "resnext101_32x8d", channels=_BOTTLENECK),
+    "resnet18_c4": partial(_resnet_c4, "resnet18", channels=(256,)),
+    "resnet34_c4": partial(_resnet_c4, "resnet34", channels=(256,)),
+    "resnet50_c4": partial(_resnet_c4, "resnet50", channels=(1024,)),
+    "resnet101_c4": partial(_resnet_c4, "resnet101", channels=(1024,)),
+    # Through conv5_3 and its ReLU, without the last pooling (Ren et al. 2015, section 3.1).
+    "vgg16": partial(_features, "vgg16", stage_ends=("3", "8", "15", "22", "29"), channels=(512,)),
+    # The last block of each stride. torchvision's detector reads "13" and "16", both of stride 32,
+    # and freezes batch norm with epsilon 1e-5, which its ImageNet weights were not trained with:
+    # test_mobilenet_keeps_its_epsilon.
+    "mobilenet_v3_large_fpn": partial(
+        _features,
+        "mobilenet_v3_large",
+        stage_ends=("1", "3", "6", "12", "16"),
+        channels=(24, 40, 112, 960),
+        norm_eps=1e-3,
+    ),
+    "convnext_tiny_fpn": partial(_patches, "convnext_tiny"),
+    "swin_t_fpn": partial(_patches, "swin_t", channels_last=True),
+}

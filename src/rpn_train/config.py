@@ -1,0 +1,384 @@
+"""Every option of the program: its default, type, legal range and meaning, each in one place.
+
+The command line composes plain nested dictionaries from `configs/`; `from_mapping` turns one into
+the frozen dataclasses below, strictly: an unknown key, a wrong type or a value out of range is a
+`ConfigError` that names the key. Lengths are in pixels of the resized image, shares are 0..1.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from rpn_train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> T:
+    """A field with its meaning and legal range: low <= value <= high, value > above.
+
+    The range holds for every number of a nested tuple.
+    """
+    metadata = {"help": help, "low": low, "high": high, "above": above}
+    return cast(T, field(default=default, metadata=metadata))
+
+
+def group(kind: type[T]) -> T:
+    """A nested dataclass of options with its own defaults."""
+    return cast(T, field(default_factory=kind))
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    split: str | None = option(None, "name: coco 'train2017', voc 'trainval' (ImageSets/Main)")
+    images: str | None = option(None, "image folder; null: from root")
+    annotations: str | None = option(None, "COCO file or VOC XML folder; null: from root")
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    size: tuple[int, int] = option((128, 128), "height and width of a drawn image, px", low=32)
+    train_images: int = option(1600, "different training images", low=1)
+    val_images: int = option(200, "different validation images", low=1)
+    max_objects: int = option(8, "most objects in one image", low=1)
+    clutter: bool = option(False, "draw distractors that are not objects")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    format: Literal["shapes", "coco", "voc"] = option("shapes", "how images and boxes are stored")
+    root: str | None = option(None, "folder in the standard layout of the format")
+    train: SplitConfig = group(SplitConfig)
+    val: SplitConfig = group(SplitConfig)
+    shapes: ShapesConfig = group(ShapesConfig)
+    categories: tuple[str, ...] | None = option(None, "keep only these categories; null: all")
+    keep_empty: bool = option(True, "train on images without objects too, as background")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    short_side: int = option(800, "shorter side after resizing, px", low=16)
+    max_side: int = option(1333, "longer side after resizing at most, px", low=16)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    flip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    scale: tuple[float, float] = option(
+        (1.0, 1.0), "short_side is multiplied by a number drawn from this range", above=0, high=4
+    )
+    photometric: float = option(
+        0.0, "probability of brightness, contrast, saturation and hue jitter", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    name: str = option("resnet18_fpn", "network, e.g. resnet50_fpn, vgg16, timm:<name>")
+    weights: str | None = option(
+        None, "torchvision weights name (IMAGENET1K_V1), a file, or null: from scratch"
+    )
+    frozen_stages: int = option(
+        0, "stages that do not train: 1 the stem, 2 also the first residual stage", low=0
+    )
+    norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = option(
+        "bn", "normalisation; frozen_bn belongs to pretrained weights and small batches"
+    )
+
+
+@dataclass(frozen=True)
+class AnchorsConfig:
+    sizes: tuple[tuple[float, ...], ...] = option(
+        ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)),
+        "square root of the anchor areas of each level, px",
+        above=0,
+    )
+    ratios: tuple[float, ...] = option((0.5, 1.0, 2.0), "height / width", above=0)
+    strides: tuple[int, ...] | None = option(
+        None, "distance of neighbouring anchors of each level, px; null: the backbone's", low=1
+    )
+    rounded: bool = option(
+        True, "cell anchors in whole pixels as in torchvision (needed to exchange weights)"
+    )
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    num_convs: int = option(1, "3x3 convolutions of the head before its two branches", low=1)
+    channels: int | None = option(None, "channels of the head; null: the backbone's", low=1)
+    fg_iou: float = option(0.7, "an anchor is positive from this IoU on", low=0, high=1)
+    bg_iou: float = option(0.3, "an anchor is background below this IoU", low=0, high=1)
+    force_best: bool = option(True, "the best anchors of each object are positive in any case")
+    forced_min_iou: float = option(
+        0.0, "but only if their IoU is above 0 and at least this", low=0, high=1
+    )
+    ignore_ioa: float = option(
+        0.5, "an anchor with this share of its area in a crowd box is ignored", above=0, high=1
+    )
+    border: Literal["use", "ignore"] = option(
+        "use", "anchors that cross the image border: train on them, or not (the paper)"
+    )
+    num_samples: int = option(256, "anchors sampled per image", low=1)
+    fg_fraction: float = option(0.5, "positives among them at most", above=0, high=1)
+    box_loss: Literal["smooth_l1", "l1", "giou"] = option("smooth_l1", "regression loss")
+    smooth_l1_beta: float = option(1 / 9, "where smooth-L1 turns from square to line", above=0)
+    box_weight: float = option(1.0, "regression loss against objectness loss", low=0)
+
+
+@dataclass(frozen=True)
+class TopNConfig:
+    pre_nms: int = option(1000, "proposals of each level and image that go into NMS", low=1)
+    post_nms: int = option(1000, "proposals of each image that are kept", low=1)
+
+
+@dataclass(frozen=True)
+class ProposalsConfig:
+    nms_iou: float = option(0.7, "of two proposals above this IoU the weaker goes", low=0, high=1)
+    min_size: float = option(0.001, "smaller proposals are dropped, px of the resized image", low=0)
+    train: TopNConfig = field(default_factory=lambda: TopNConfig(2000, 2000))
+    test: TopNConfig = group(TopNConfig)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    epochs: float = option(12.0, "length of the run in passes over the training images", above=0)
+    steps: int | None = option(None, "length of the run in steps; overrides epochs", low=1)
+    batch_size: int = option(16, "images per step, over all processes and accumulation", low=1)
+    accumulate: int = option(1, "pieces a step's batch is computed in, to save memory", low=1)
+    lr: float = option(0.02, "learning rate at the reference batch", low=0)
+    reference_batch: int = option(
+        16, "linear scaling: the rate used is lr * batch_size / this", low=1
+    )
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "torch's own")
+    momentum: float = option(0.9, "of SGD; the first beta of AdamW", low=0, high=1)
+    weight_decay: float = option(1e-4, "of weights; norms and biases have none", low=0)
+    warmup: float = option(0.01, "share of the run in which the rate rises linearly", low=0, high=1)
+    decay: Literal["multistep", "cosine", "constant"] = option("multistep", "after the warm-up")
+    milestones: tuple[float, ...] = option(
+        (2 / 3, 11 / 12), "shares of the run at which multistep lowers the rate", low=0, high=1
+    )
+    gamma: float = option(0.1, "by this factor", above=0, high=1)
+    clip_norm: float | None = option(None, "largest gradient norm; null: no clipping", above=0)
+    ema: float | None = option(
+        None, "decay of averaged weights used in evaluation; null: none", above=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    split: Literal["train", "val"] = option("val", "which split of the data set is scored")
+    max_proposals: tuple[int, ...] = option(
+        (100, 300, 1000), "the N of recall@N; training needs 100 among them", low=1
+    )
+    batch_size: int = option(8, "images per process at a time; the figures do not depend on it", low=1)
+    pictures: int = option(8, "validation images drawn in TensorBoard", low=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The whole configuration of a run."""
+
+    name: str = option("rpn", "part of the default folder name")
+    output_dir: str | None = option(None, "run folder; null: runs/<date>_<time>_<name>")
+    resume: Literal["auto"] | None = option(None, "auto: go on with the run in output_dir")
+    seed: int = option(0, "weights, order, augmentation and sampling follow from it", low=0)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where there is one")
+    devices: int | None = option(None, "processes, one per GPU; null: all GPUs of the box", low=1)
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the network (autocast)")
+    compile: bool = option(False, "torch.compile the network")
+    channels_last: bool = option(True, "memory layout of the network")
+    workers: int = option(2, "loader processes per training process; 0: none", low=0)
+    log_every: int = option(20, "steps", low=1)
+    eval_every: int | None = option(None, "steps; null: once per epoch", low=1)
+    save_every: int | None = option(None, "steps; null: once per epoch", low=1)
+    eval_at_start: bool = option(True, "score the untrained network first, as the baseline")
+    dataset: DatasetConfig = group(DatasetConfig)
+    image: ImageConfig = group(ImageConfig)
+    augment: AugmentConfig = group(AugmentConfig)
+    backbone: BackboneConfig = group(BackboneConfig)
+    anchors: AnchorsConfig = group(AnchorsConfig)
+    method: MethodConfig = group(MethodConfig)
+    proposals: ProposalsConfig = group(ProposalsConfig)
+    schedule: ScheduleConfig = group(ScheduleConfig)
+    eval: EvalConfig = group(EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.image.max_side < self.image.short_side:
+            raise ConfigError(
+                f"image.max_side: expected at least image.short_side = {self.image.short_side}, "
+                f"got {self.image.max_side}"
+            )
+        if self.method.bg_iou > self.method.fg_iou:
+            raise ConfigError(
+                f"method.bg_iou: expected at most method.fg_iou = {self.method.fg_iou}, "
+                f"got {self.method.bg_iou}"
+            )
+        if self.augment.scale[0] > self.augment.scale[1]:
+            raise ConfigError(
+                f"augment.scale: expected (lowest, highest), got {self.augment.scale}"
+            )
+        top = self.proposals.train if self.eval.split == "train" else self.proposals.test
+        if max(self.eval.max_proposals) > top.post_nms:
+            raise ConfigError(
+                f"eval.max_proposals: expected at most proposals."
+                f"{'train' if self.eval.split == 'train' else 'test'}.post_nms = {top.post_nms}, "
+                f"got {max(self.eval.max_proposals)}"
+            )
+        if self.schedule.batch_size % self.schedule.accumulate:
+            raise ConfigError(
+                f"schedule.batch_size: expected a multiple of schedule.accumulate = "
+                f"{self.schedule.accumulate}, got {self.schedule.batch_size}"
+            )
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Frozen dataclass `kind` from nested plain data; keys left out keep their defaults.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range; the message names the full key.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(cast(Any, kind))}
+    arguments = {}
+    for key, value in values.items():
+        full = f"{path}{key}"
+        if key not in known:
+            raise ConfigError(unknown_key(full))
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{full}: expected a group of keys, got {value!r}")
+            arguments[key] = from_mapping(cast(type[Any], hints[key]), value, f"{full}.")
+        else:
+            arguments[key] = _convert(full, hints[key], value)
+            _check_range(full, known[key].metadata, arguments[key])
+    return kind(**arguments)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Nested plain data (dicts, lists, numbers, strings) of a config; `from_mapping`'s inverse."""
+    plain = dataclasses.asdict(config)
+    return cast(dict[str, Any], _tuples_to_lists(plain))
+
+
+def walk(kind: type, path: str = "") -> Iterator[tuple[str, Any, Any, Mapping[str, Any]]]:
+    """(key, type, default, metadata) of every option below a dataclass, in order."""
+    hints, defaults = get_type_hints(kind), kind()
+    for f in fields(kind):
+        if is_dataclass(hints[f.name]):
+            yield from walk(cast(type, hints[f.name]), f"{path}{f.name}.")
+        else:
+            yield f"{path}{f.name}", hints[f.name], getattr(defaults, f.name), f.metadata
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> dict[str, str]:
+    """What differs between two nested mappings: full key -> 'old -> new'."""
+    found = {}
+    for key in dict.fromkeys((*old, *new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found.update(differences(a, b, f"{path}{key}."))
+        elif a != b:
+            found[f"{path}{key}"] = f"{a} -> {b}"
+    return found
+
+
+def unknown_key(key: str) -> str:
+    """One line about a key that does not exist, with the nearest that does."""
+    known = [name for name, *_ in walk(TrainConfig)]
+    groups = sorted({name.rsplit(".", 1)[0] for name in known if "." in name})
+    close = difflib.get_close_matches(key, known + groups, n=1, cutoff=0.6)
+    if not close:  # the right last part in another group: lr -> schedule.lr
+        close = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    hint = f"did you mean {close[0]!r}?" if close else "rpn-train --help lists the keys"
+    return f"{key}: unknown key; {hint}"
+
+
+def describe_type(hint: Any) -> str:
+    """A type as a person writes it: 'a' | 'b', integer, list of numbers, ... | null."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " | ".join(repr(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " | ".join(describe_type(a) for a in args)
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return f"list of {describe_type(args[0])}"
+        return f"{len(args)} x {describe_type(args[0])}"
+    names = {int: "integer", float: "number", str: "text", bool: "true | false"}
+    return "null" if hint is types.NoneType else names[hint]
+
+
+def _convert(key: str, hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, or a ConfigError that names what was expected."""
+    converted, fits = _try_convert(hint, value)
+    if not fits:
+        raise ConfigError(f"{key}: expected {describe_type(hint)}, got {value!r}")
+    return converted
+
+
+def _try_convert(hint: Any, value: Any) -> tuple[Any, bool]:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value, value in args
+    if origin in (Union, types.UnionType):
+        tried = (_try_convert(a, value) for a in args)
+        return next(((v, True) for v, fits in tried if fits), (None, False))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return None, False
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value) or not value:
+            return None, False
+        parts = [_try_convert(k, v) for k, v in zip(kinds, value, strict=True)]
+        return tuple(v for v, _ in parts), all(fits for _, fits in parts)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), True
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value), True
+        except ValueError:
+            return None, False
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value), True  # a folder or a split named 2007
+    return value, type(value) is hint
+
+
+def _check_range(key: str, limits: Mapping[str, Any], value: Any) -> None:
+    if isinstance(value, tuple):
+        for v in value:
+            _check_range(key, limits, v)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        low, high, above = limits["low"], limits["high"], limits["above"]
+        # written so that NaN is out of any range
+        inside = (
+            (low is None or value >= low)
+            and (high is None or value <= high)
+            and (above is None or value > above)
+            and value == value
+        )
+        if not inside:
+            raise ConfigError(f"{key}: expected {describe_range(limits)}, got {value!r}")
+
+
+def describe_range(limits: Mapping[str, Any]) -> str:
+    """'at least 0, at most 1'; empty where there is no limit."""
+    words = {"above": "more than", "low": "at least", "high": "at most"}
+    return ", ".join(f"{words[k]} {limits[k]:g}" for k in words if limits[k] is not None)
+
+
+def _tuples_to_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples_to_lists(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [_tuples_to_lists(v) for v in value]
+    return value

@@ -1,0 +1,143 @@
+"""COCO annotation files: `instances_*.json` and a folder of images.
+
+The file is decoded from a memory map into typed records that hold only the fields below: polygons,
+nine tenths of the bytes, are skipped without an object being made of them.
+"""
+
+import mmap
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rpn_train.data.index import Index, build_index, check_categories, list_folder
+from rpn_train.errors import DataError
+
+_Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # fits int64
+
+
+class _Image(msgspec.Struct, gc=False):
+    id: _Int
+    file_name: str
+    height: _Int
+    width: _Int
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    id: _Int
+    image_id: _Int
+    category_id: _Int
+    bbox: tuple[float, float, float, float]
+    area: float = float("nan")  # JSON has no NaN, so this says absent
+    iscrowd: int = 0
+
+
+class _Category(msgspec.Struct, gc=False):
+    id: _Int
+    name: str
+
+
+class _File(msgspec.Struct, gc=False):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category] = []
+
+
+def read_coco(
+    annotations: Path, images: Path, *, categories: Sequence[str] | None, keep_empty: bool
+) -> Index:
+    """Read a split in the COCO format.
+
+    Images and the boxes of an image keep the order of the file. `iscrowd` makes a box to ignore;
+    without `area` it is width x height.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder its `file_name`s are relative to.
+        categories: names whose boxes are read; None for all. Images stay whatever it is.
+        keep_empty: keep images without an object (see `build_index`).
+
+    Raises:
+        DataError: a file is missing, broken or at odds with itself, or a category is unknown.
+    """
+    on_disk = list_folder(images, "images")
+    file = _decode(annotations)
+    image_ids = np.array([image.id for image in file.images], np.int64)
+    chosen = file.annotations
+    ids = np.array([box.id for box in chosen], np.int64)
+    box_image_ids = np.array([box.image_id for box in chosen], np.int64)
+    _check_ids(annotations, image_ids, ids, box_image_ids)
+    by_id = np.argsort(image_ids)
+    read = _of_categories(annotations, file, categories)
+    index = build_index(
+        source=annotations,
+        root=images,
+        image_ids=image_ids,
+        file_names=[image.file_name for image in file.images],
+        sizes=np.array([(i.height, i.width) for i in file.images], np.int64).reshape(-1, 2),
+        box_rows=by_id[np.searchsorted(image_ids, box_image_ids, sorter=by_id)][read],
+        box_ids=ids[read],
+        boxes_xywh=np.fromiter(
+            chain.from_iterable(box.bbox for box in chosen), np.float64, 4 * len(chosen)
+        ).reshape(-1, 4)[read],
+        areas=np.array([box.area for box in chosen], np.float64)[read],
+        ignore=np.array([box.iscrowd != 0 for box in chosen], np.bool_)[read],
+        keep_empty=keep_empty,
+    )
+    _check_files(annotations, index, on_disk)
+    return index
+
+
+def _decode(path: Path) -> _File:
+    if not path.is_file():
+        given = "a folder" if path.exists() else "nothing"
+        raise DataError(f"expected a COCO annotation file, got {given} at {path}")
+    if path.stat().st_size == 0:  # which mmap refuses
+        raise DataError(f"expected a COCO annotation file, got an empty one: {path}")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return msgspec.json.decode(data, type=_File)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not a COCO annotation file: {error}") from error
+
+
+def _check_ids(
+    path: Path,
+    image_ids: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    box_image_ids: NDArray[np.int64],
+) -> None:
+    different, counts = np.unique(ids, return_counts=True)
+    if len(different) < len(ids):
+        twice = different[counts > 1][0]
+        raise DataError(f"{path}: expected every annotation id once, got {twice} more than once")
+    unknown = np.flatnonzero(~np.isin(box_image_ids, image_ids))
+    if len(unknown):
+        raise DataError(
+            f"{path}: expected annotations of its own images, "
+            f"got annotation {ids[unknown[0]]} of image {box_image_ids[unknown[0]]}"
+        )
+
+
+def _of_categories(path: Path, file: _File, categories: Sequence[str] | None) -> NDArray[np.bool_]:
+    """Which annotations [M] are read."""
+    if categories is None:
+        return np.ones(len(file.annotations), np.bool_)
+    check_categories(categories, {category.name for category in file.categories}, path)
+    wanted = [category.id for category in file.categories if category.name in categories]
+    return np.isin([annotation.category_id for annotation in file.annotations], wanted)
+
+
+def _check_files(path: Path, index: Index, on_disk: frozenset[str]) -> None:
+    names = [index.file_name(i) for i in range(len(index))]
+    # The listing answers for flat folders; only a name with a subfolder costs a look at the disk.
+    missing = [n for n in names if n not in on_disk and not (index.root / n).is_file()]
+    if missing:
+        raise DataError(
+            f"expected {len(names)} images of {path} in {index.root}, "
+            f"{len(missing)} are missing, first {missing[0]!r}"
+        )

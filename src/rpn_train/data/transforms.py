@@ -1,0 +1,63 @@
+"""Image and boxes together: reading, resizing, flipping, colour jitter. uint8 throughout."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as F
+
+from rpn_train.boxes import clip
+from rpn_train.errors import DataError
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as uint8 [3, H, W] RGB, pixels as stored (EXIF orientation is not applied).
+
+    COCO's and VOC's boxes refer to the pixels as stored.
+
+    Raises:
+        DataError: no such file, or not a readable image.
+    """
+    if not path.is_file():
+        raise DataError(f"expected an image, got nothing at {path}")
+    try:
+        return decode_image(str(path), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: expected a readable image, got: {reason}") from error
+
+
+def fit_size(size: tuple[int, int], short_side: float, max_side: int) -> tuple[int, int]:
+    """(height, width) whose shorter side is short_side, unless the longer would exceed max_side."""
+    scale = min(short_side / min(size), max_side / max(size))
+    height, width = (max(1, round(side * scale)) for side in size)
+    return height, width
+
+
+def resize(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Image uint8 [3, H, W] and boxes [G, 4] resized to `size`, boxes cut to the image."""
+    old_height, old_width = image.shape[-2:]
+    height, width = size
+    if (old_height, old_width) != size:
+        image = F.resize(image, [height, width], antialias=True)
+    factor = torch.tensor([width / old_width, height / old_height] * 2, dtype=torch.float32)
+    return image, clip(boxes * factor, torch.tensor(size))
+
+
+def flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mirrored left to right."""
+    width = image.shape[-1]
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+
+
+def photometric_jitter(image: Tensor, seed: int) -> Tensor:
+    """Brightness, contrast, saturation (each x 0.6..1.4) and hue (+-18 degrees), from a seed."""
+    brightness, contrast, saturation = np.random.default_rng(seed).uniform(0.6, 1.4, 3)
+    hue = np.random.default_rng((seed, 1)).uniform(-0.05, 0.05)
+    image = F.adjust_brightness(image, brightness)
+    image = F.adjust_contrast(image, contrast)
+    image = F.adjust_saturation(image, saturation)
+    return F.adjust_hue(image, hue)

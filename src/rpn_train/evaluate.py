@@ -1,0 +1,102 @@
+"""Proposals of a model on a split, and their recall."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rpn_train.anchors import grid_anchors
+from rpn_train.config import TrainConfig
+from rpn_train.data.batch import Batch, EvalBatches, load
+from rpn_train.data.index import Index
+from rpn_train.distributed import Ranks
+from rpn_train.model import RPN, autocast, normalize_images
+from rpn_train.proposals import Proposals, make_proposals
+from rpn_train.recall import (
+    ObjectArrays,
+    ProposalArrays,
+    Recall,
+    boxes_to_xywh,
+    score_recall,
+)
+from rpn_train.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class ImageProposals:
+    """Proposals of one image, best first: boxes float32 [K, 4] xyxy px of the image as stored."""
+
+    row: int
+    boxes: np.ndarray
+    logits: np.ndarray
+
+
+@torch.no_grad()  # not inference_mode: the anchors cached here are used in training too
+def propose_batch(model: RPN, batch: Batch, cfg: TrainConfig) -> list[Proposals]:
+    """Proposals of a batch, in pixels of the resized images."""
+    top = cfg.proposals.train if cfg.eval.split == "train" else cfg.proposals.test
+    images = normalize_images(batch.images, batch.sizes)
+    with autocast(cfg.precision, images.device):
+        # forward() and not a call: a compiled network would be compiled again for every size
+        outputs = model.forward(images)
+    return make_proposals(
+        outputs.logits,
+        outputs.deltas,
+        grid_anchors(model.grid, batch.canvas, images.device),
+        model.grid.level_lengths(batch.canvas),
+        batch.sizes,
+        pre_nms=top.pre_nms,
+        post_nms=top.post_nms,
+        nms_iou=cfg.proposals.nms_iou,
+        min_size=cfg.proposals.min_size,
+    )
+
+
+def propose_split(
+    model: RPN, batches: EvalBatches, cfg: TrainConfig, device: torch.device
+) -> Iterator[ImageProposals]:
+    """Proposals of every image of this process's share, mapped back to stored pixels."""
+    loader = load(batches, range(len(batches)), workers=cfg.workers, pin=device.type == "cuda")
+    for batch in loader:
+        found = propose_batch(model, batch.to(device), cfg)
+        for row, size, (boxes, logits) in zip(
+            batch.rows.tolist(), batch.sizes.tolist(), found, strict=True
+        ):
+            stored_height, stored_width = batches.index.sizes[row].tolist()
+            factor = torch.tensor([stored_width / size[1], stored_height / size[0]] * 2)
+            yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy())
+
+
+def score(found: list[ImageProposals], index: Index, max_proposals: tuple[int, ...]) -> Recall:
+    """Recall of the proposals of all images of a split, in order, by the COCO definition."""
+    assert [f.row for f in found] == list(range(len(index)))
+    proposals = ProposalArrays(
+        boxes_to_xywh(np.concatenate([f.boxes for f in found])),
+        np.concatenate([f.logits for f in found]).astype(np.float64),
+        np.cumsum([0, *(len(f.logits) for f in found)]),
+    )
+    objects = ObjectArrays(index.boxes_xywh, index.areas, index.ignore, index.box_offsets)
+    return score_recall(proposals, objects, max_proposals=max_proposals)
+
+
+def evaluate(
+    model: RPN, batches: EvalBatches, cfg: TrainConfig, stop: StopRequest, ranks: Ranks
+) -> list[ImageProposals] | None:
+    """Proposals of all images of a split, in the order of its index.
+
+    All processes take part; the main one gets the proposals, the others an empty list. None, in
+    all, if a stop was requested meanwhile. The model stays in the mode it was in.
+    """
+    was_training = model.training
+    model.eval()
+    share = []
+    for image in propose_split(model, batches, cfg, ranks.device):
+        share.append(image)
+        if stop:
+            break
+    model.train(was_training)
+    if ranks.any(bool(stop)):
+        return None
+    shares = ranks.gather(share) or []
+    return sorted((image for share in shares for image in share), key=lambda image: image.row)

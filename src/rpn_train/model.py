@@ -1,0 +1,106 @@
+"""The network: backbone and RPN head, one `forward` for training and evaluation.
+
+State-dict keys are those of `torchvision.models.detection.FasterRCNN` (`backbone.body.*`,
+`backbone.fpn.*`, `rpn.head.*`), so that weights travel in both directions.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rpn_train.anchors import AnchorGrid
+
+# Mean and deviation of ImageNet in RGB 0..1, which all torchvision weights expect.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class Outputs(NamedTuple):
+    """logits [B, R] objectness and deltas [B, R, 4], float32; [B, S] and [B, S, 4] with `at`."""
+
+    logits: Tensor
+    deltas: Tensor
+
+
+class RPNHead(nn.Module):
+    """3x3 convolution(s), then two sibling 1x1 convolutions (Ren et al. 2015, section 3.1)."""
+
+    def __init__(
+        self, in_channels: int, per_cell: int, *, num_convs: int, channels: int | None
+    ) -> None:
+        super().__init__()
+        channels = channels or in_channels
+        convs = [
+            nn.Sequential(nn.Conv2d(c, channels, 3, padding=1), nn.ReLU(inplace=True))
+            for c in [in_channels] + [channels] * (num_convs - 1)
+        ]
+        self.conv = nn.Sequential(*convs)
+        self.cls_logits = nn.Conv2d(channels, per_cell, 1)
+        self.bbox_pred = nn.Conv2d(channels, per_cell * 4, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] -> logits [B, H * W * A] and deltas [B, H * W * A, 4]."""
+        hidden = self.conv(feature)
+        logits = self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.bbox_pred(hidden).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
+        return logits, deltas
+
+
+class RPN(nn.Module):
+    """Backbone, anchors and head.
+
+    Attributes:
+        grid: the anchors of the levels that `backbone` puts out.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        grid: AnchorGrid,
+        make_head: Callable[[int, int], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.grid = grid
+        self.rpn = nn.ModuleDict({"head": make_head(backbone.out_channels, grid.per_cell)})
+
+    def forward(self, images: Tensor, at: Tensor | None = None) -> Outputs:
+        """Outputs at every anchor, or at the sampled ones.
+
+        Args:
+            images: normalised float [B, 3, H, W]; H and W multiples of the largest stride.
+            at: int64 [B, S] indices into the R anchors; None: all of them, in order.
+        """
+        levels = [self.rpn["head"](feature) for feature in self.backbone(images)]
+        logits = torch.cat([logits for logits, _ in levels], dim=1).float()  # [B, R]
+        deltas = torch.cat([deltas for _, deltas in levels], dim=1).float()  # [B, R, 4]
+        if at is None:
+            return Outputs(logits, deltas)
+        return Outputs(logits.gather(1, at), deltas.gather(1, at[..., None].expand(-1, -1, 4)))
+
+
+def normalize_images(images: Tensor, sizes: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] 0..255 RGB -> float32, normalised, with exact zeros in the padding.
+
+    Args:
+        sizes: int64 [B, 2] height and width of each image without padding, px.
+    """
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) < sizes[:, :1]  # [B, H]
+    columns = torch.arange(width, device=images.device) < sizes[:, 1:]  # [B, W]
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # [B, 1, H, W]
+    return torch.where(inside, (images.float() / 255 - mean) / std, 0.0)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which the network computes."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

@@ -1,0 +1,231 @@
+"""What a run says of itself at its start, along the way and at its end."""
+
+import math
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rpn_train.anchors import AnchorGrid, grid_anchors
+from rpn_train.config import TrainConfig, differences, to_mapping
+from rpn_train.data.batch import Batch, EvalBatches
+from rpn_train.data.index import Index
+from rpn_train.distributed import Ranks
+from rpn_train.evaluate import ImageProposals, evaluate, score
+from rpn_train.figures import draw_anchors, draw_detections
+from rpn_train.recall import SIZES, Recall
+from rpn_train.run_log import RunLog, memory_mb, write_json
+from rpn_train.run_state import RunState, save
+from rpn_train.step import HISTORY, Clock
+from rpn_train.stop import StopRequest
+from rpn_train.targets import Picks
+
+_DRAWN_PROPOSALS = 20  # in a picture: more would hide the image
+
+
+def describe_run(
+    log: RunLog,
+    cfg: TrainConfig,
+    state: RunState,
+    index: Index,
+    val_index: Index,
+    total: int,
+    ranks: Ranks,
+) -> None:
+    """A few lines on what is about to be trained, on what, and for how long."""
+    schedule, grid = cfg.schedule, state.model.grid
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    start = f"weights {cfg.backbone.weights}" if cfg.backbone.weights else "from scratch"
+    rate = schedule.lr * schedule.batch_size / schedule.reference_batch
+    log.line(
+        f"network   {cfg.backbone.name}, {start}, {trained / 1e6:.1f} M trained parameters, "
+        f"{grid.per_cell} anchors per cell on strides {', '.join(map(str, grid.strides))}"
+    )
+    for name, split in (("training", index), (cfg.eval.split, val_index)):
+        objects = int((~split.ignore).sum())
+        ignored = f", {int(split.ignore.sum())} ignored" if split.ignore.any() else ""
+        log.line(f"{name:<9} {len(split)} images, {objects} objects{ignored}")
+        for reason in split.dropped[:3]:
+            log.line(f"          left out: {reason}")
+        if len(split.dropped) > 3:
+            log.line(f"          ... {len(split.dropped)} left out in all")
+    log.line(
+        f"schedule  {total} steps of {schedule.batch_size} images, {schedule.optimizer}, rate "
+        f"{schedule.lr:g} x {schedule.batch_size} / {schedule.reference_batch} = {rate:g}"
+    )
+    log.line(f"device    {device_name(ranks.device)} x {ranks.world}, {cfg.precision}")
+    if state.step:
+        log.line(f"resuming  after step {state.step}")
+    options = [f"    {key}: {value}" for key, value in flatten(to_mapping(cfg)).items()]
+    log.text("config", "\n".join(options))
+
+
+def log_step(
+    log: RunLog,
+    state: RunState,
+    lr: float,
+    total: int,
+    batch_size: int,
+    clock: Clock,
+    device: torch.device,
+) -> None:
+    """Means of the steps since the last time, and how fast they went."""
+    means = dict(zip(HISTORY, np.mean(state.history, axis=0).tolist(), strict=True))
+    state.history = []
+    loss = means["train/loss_objectness"] + means["train/loss_box"]
+    log.metrics(state.step, {"train/loss": loss, **means, "train/lr": lr})
+    seconds = time.perf_counter() - clock.started
+    speed = clock.steps * batch_size / seconds
+    timing = {
+        "train/images_per_s": speed,
+        "train/data_wait": clock.waited / seconds,
+        "train/memory_mb": memory_mb(device),
+    }
+    log.timing(state.step, timing)
+    left = (total - state.step) * batch_size / speed
+    log.progress(
+        state.step, total, f"loss {loss:.4f}  rate {lr:.2g}  {speed:.1f} images/s", left
+    )
+
+
+def log_training_batch(log: RunLog, batch: Batch, picks: Picks, grid: AnchorGrid, step: int) -> None:
+    """The first image of a training batch with the positive anchors that were sampled in it."""
+    anchors = grid_anchors(grid, batch.canvas, batch.images.device)
+    height, width = batch.sizes[0].tolist()
+    picture = draw_anchors(
+        batch.images[0, :, :height, :width].cpu(),
+        gt_boxes=batch.gt_boxes[0, batch.gt_valid[0]].cpu(),
+        positives=anchors[picks.index[0, picks.positive[0]]].cpu(),
+    )
+    log.image("train/sampled_positives", step, picture)
+
+
+def log_evaluation(
+    log: RunLog,
+    state: RunState,
+    cfg: TrainConfig,
+    batches: EvalBatches,
+    folder: Path,
+    stop: StopRequest,
+    ranks: Ranks,
+) -> None:
+    """Evaluate, and tell and keep the result; nothing of it where a stop was requested meanwhile."""
+    started = time.perf_counter()
+    found = evaluate(state.judged, batches, cfg, stop, ranks)
+    if found is None:
+        return
+    state.evaluated = state.step
+    if not ranks.is_main:
+        return
+    recall = score(found, batches.index, cfg.eval.max_proposals)
+    figures = recall.figures()
+    log.metrics(state.step, {f"val/{k}": v for k, v in figures.items() if not k.startswith("num_")})
+    log_pictures(log, recall, found, batches, cfg.eval.pictures, state.step)
+    write_json(folder / "recall.json", {"step": state.step, **figures})
+    shown = "  ".join(f"AR@{n} {figures[f'ar_{n}']:.4f}" for n in cfg.eval.max_proposals)
+    log.line(f"step {state.step}: {shown}  ({time.perf_counter() - started:.1f} s)")
+    if figures["ar_100"] > state.best_ar_100:
+        state.best_ar_100 = figures["ar_100"]
+        save(state, cfg, folder, ranks, "best")
+
+
+def log_pictures(
+    log: RunLog,
+    recall: Recall,
+    found: list[ImageProposals],
+    batches: EvalBatches,
+    count: int,
+    step: int,
+) -> None:
+    """Some images, the same each time, with their objects and best proposals."""
+    index = batches.index
+    for row in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
+        objects = slice(index.box_offsets[row], index.box_offsets[row + 1])
+        rank = recall.matched_rank[0, objects]  # at IoU 0.5
+        picture = draw_detections(
+            batches.read(int(row)),
+            gt_boxes=torch.from_numpy(index.boxes_xyxy(row)),
+            gt_ignore=torch.from_numpy(index.ignored(row)),
+            proposals=torch.from_numpy(found[row].boxes[:_DRAWN_PROPOSALS]),
+            scores=torch.from_numpy(found[row].logits[:_DRAWN_PROPOSALS]).sigmoid(),
+            found=torch.from_numpy((rank >= 0) & (rank < _DRAWN_PROPOSALS)),
+        )
+        log.image(f"val/{index.file_name(row)}", step, picture)
+
+
+def finish_run(
+    log: RunLog, state: RunState, cfg: TrainConfig, folder: Path, total: int, signal: int | None
+) -> None:
+    """Last lines: what came out, or how to go on."""
+    if state.step < total and signal is not None:
+        log.line(
+            f"stopped by signal {signal} after step {state.step} of {total}; go on with: "
+            f"rpn-train output_dir={folder} resume=auto"
+        )
+    elif log.enabled:
+        changed = differences(to_mapping(TrainConfig()), to_mapping(cfg))
+        options = flatten(to_mapping(cfg))
+        log.hparams({key: options[key] for key in changed}, {"val/best_ar_100": state.best_ar_100})
+        log.line(f"best AR@100 {state.best_ar_100:.4f}; weights in {folder / 'checkpoints'}")
+        log.line(f"look at it: tensorboard --logdir {folder / 'tensorboard'}")
+    log.close()
+
+
+def recall_table(recall: Recall) -> str:
+    """Recall as a table: a row for each figure, a column for each size."""
+    rows = [f"{'':<18}" + "".join(f"{size:>9}" for size in SIZES)]
+    rows.append(f"{'objects':<18}" + "".join(f"{recall.num_objects[s]:>9}" for s in SIZES))
+    figures = recall.figures()
+    for n in recall.max_proposals:
+        for label, key in (("AR@{}", "ar_{}"), ("R@{} IoU .5", "recall_{}_iou50"), ("R@{} IoU .7", "recall_{}_iou70")):
+            values = [figures[key.format(n) + ("" if s == "all" else f"_{s}")] for s in SIZES]
+            cells = "".join(f"{'-' if math.isnan(v) else f'{v:.4f}':>9}" for v in values)
+            rows.append(f"{label.format(n):<18}{cells}")
+    return "\n".join(rows)
+
+
+def environment(ranks: Ranks) -> dict[str, Any]:
+    """Versions, device and commit, for the record."""
+    packages = ("rpn-train", "torch", "torchvision", "pycocotools", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": device_name(ranks.device),
+        "processes": ranks.world,
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree this runs from, '+' if it was changed; None outside of one."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        head = subprocess.run((*git, "rev-parse", "--short", "HEAD"), capture_output=True, text=True)
+        dirty = subprocess.run((*git, "diff", "--quiet", "HEAD"), capture_output=True)
+    except OSError:  # no git
+        return None
+    return head.stdout.strip() + ("+" if dirty.returncode else "") if head.returncode == 0 else None
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mapping -> full key: value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{path}{key}."))
+        else:
+            flat[path + key] = value
+    return flat

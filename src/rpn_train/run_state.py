@@ -1,0 +1,123 @@
+"""What a checkpoint of a run holds, and the way into a checkpoint and back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from rpn_train import checkpoint
+from rpn_train.build import build_model
+from rpn_train.config import TrainConfig, differences, to_mapping
+from rpn_train.distributed import Ranks
+from rpn_train.errors import CheckpointError
+from rpn_train.model import RPN
+from rpn_train.run_log import truncate_lines
+from rpn_train.schedule import build_optimizer
+
+# A change of these makes another network or another problem: weights of before do not fit it.
+_FIXED = ("backbone.", "anchors.", "method.num_convs", "method.channels")
+
+
+@dataclass
+class RunState:
+    """Everything that the steps to come depend on besides the configuration.
+
+    step: steps done. evaluated: the last step whose evaluation is done, -1 for none. history: a row
+    of logged numbers for each step since the last logged one; pending: those still on the device.
+    """
+
+    model: RPN
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    step: int = 0
+    evaluated: int = -1
+    best_ar_100: float = -1.0
+    history: list[list[float]] = field(default_factory=list)
+    pending: list[Tensor] = field(default_factory=list)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated: the averaged weights where there are some."""
+        return self.model if self.ema is None else self.ema.module
+
+
+def build_state(cfg: TrainConfig, device: torch.device) -> RunState:
+    """The state before step 1: what follows from the configuration alone."""
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model = build_model(cfg).to(device, memory_format=layout)
+    optimizer = build_optimizer(
+        model,
+        name=cfg.schedule.optimizer,
+        momentum=cfg.schedule.momentum,
+        weight_decay=cfg.schedule.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    ema = None
+    if cfg.schedule.ema is not None:
+        average = get_ema_multi_avg_fn(cfg.schedule.ema)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return RunState(model, optimizer, scaler, ema)
+
+
+def save(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks, name: str = "last") -> None:
+    """Write the state to `checkpoints/<name>.pt`, from the main process."""
+    assert not state.pending, "numbers of finished steps would be lost"
+    if not ranks.is_main:
+        return
+    saved = {
+        "step": state.step,
+        "evaluated": state.evaluated,
+        "best_ar_100": state.best_ar_100,
+        "history": state.history,
+        "config": to_mapping(cfg),
+        "model": state.model.state_dict(),
+        "ema": state.ema and state.ema.module.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+    }
+    checkpoint.save(saved, folder / "checkpoints" / f"{name}.pt")
+
+
+def resume(state: RunState, cfg: TrainConfig, folder: Path) -> dict[str, str]:
+    """Restore the last checkpoint of a folder into the state, if it has one.
+
+    Returns:
+        What differs between its configuration and `cfg`, key -> 'old -> new'.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or is of another network.
+    """
+    path = folder / "checkpoints" / "last.pt"
+    if not path.is_file():
+        return {}
+    saved = checkpoint.load(path)
+    changed = differences(saved["config"], to_mapping(cfg))
+    for key, change in changed.items():
+        if key.startswith(_FIXED):
+            raise CheckpointError(
+                f"{key}: {change}: {path} is of another network; start in another output_dir"
+            )
+    checkpoint.load_weights(state.model, saved["model"], path)
+    if state.ema is not None:
+        checkpoint.load_weights(state.ema.module, saved["ema"] or saved["model"], path)
+        state.ema.n_averaged.fill_(saved["step"])
+    if "schedule.optimizer" not in changed:
+        state.optimizer.load_state_dict(saved["optimizer"])
+    state.scaler.load_state_dict(saved["scaler"])
+    state.step, state.evaluated = saved["step"], saved["evaluated"]
+    state.best_ar_100, state.history = saved["best_ar_100"], saved["history"]
+    return changed
+
+
+def forget_later_lines(state: RunState, folder: Path) -> None:
+    """Drop logged lines of steps that will be done again, so that none stands twice."""
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        truncate_lines(
+            folder / name,
+            lambda line: line["step"] < state.step
+            or (line["step"] == state.step and ("val/ar_100" not in line or state.evaluated == state.step)),
+        )

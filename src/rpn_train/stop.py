@@ -1,0 +1,42 @@
+"""SIGTERM and Ctrl-C as a request: the step is finished, the run is saved, then it ends."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """`signal` is the number of the signal that came, None so far."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """A request that SIGTERM and SIGINT set; a second Ctrl-C interrupts at once."""
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = number
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """In a loader process: its parent decides when to stop (Ctrl-C reaches the whole group)."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,93 @@
+"""The run. `train` reads from top to bottom: build, loop, evaluate, save."""
+
+from functools import partial
+from pathlib import Path
+
+from rpn_train.build import build_eval_batches, build_planner, open_split
+from rpn_train.config import TrainConfig
+from rpn_train.data.batch import TrainBatches, load
+from rpn_train.distributed import Ranks
+from rpn_train.report import describe_run, finish_run, log_evaluation, log_step, log_training_batch
+from rpn_train.run_log import RunLog
+from rpn_train.run_state import build_state, resume, save
+from rpn_train.schedule import lr_at
+from rpn_train.step import Clock, drain, prepare_network, training_step
+from rpn_train.stop import stop_on_signals
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last, happens now."""
+    return step % every == 0 or step == last
+
+
+def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
+    """Train in a run folder; go on from its last checkpoint if it has one.
+
+    Returns:
+        None when the run is complete, else the signal that stopped it.
+
+    Raises:
+        UserError: a fault of the configuration, the data or the checkpoint, or a loss that is not
+            finite.
+    """
+    index, read = open_split(cfg.dataset, "train", cfg.seed)
+    val_index, val_read = open_split(cfg.dataset, cfg.eval.split, cfg.seed)
+    state = build_state(cfg, ranks.device)
+    divisor = max(state.model.grid.strides)
+    planner = build_planner(cfg, index, divisor)
+    epoch = planner.steps_per_epoch
+    total = cfg.schedule.steps or max(1, round(cfg.schedule.epochs * epoch))
+    eval_every, save_every = cfg.eval_every or epoch, cfg.save_every or epoch
+    resume(state, cfg, folder)
+    first, pieces = state.step + 1, cfg.schedule.accumulate
+    log = RunLog(folder if ranks.is_main else None, total=total, first=first)
+    describe_run(log, cfg, state, index, val_index, total, ranks)
+    eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
+    batches = TrainBatches(
+        index, read, planner, rank=ranks.rank, world=ranks.world, accumulate=pieces
+    )
+    network = prepare_network(state.model, cfg, ranks)
+    clock = Clock()
+    with stop_on_signals() as stop:
+        judge = partial(log_evaluation, log, state, cfg, eval_batches, folder, stop, ranks)
+        owed = due(state.step, eval_every, total) if state.step else cfg.eval_at_start
+        if owed and state.evaluated < state.step:
+            judge()
+        keys = range((first - 1) * pieces, total * pieces)
+        loader = load(batches, keys, workers=cfg.workers, pin=ranks.device.type == "cuda")
+        for step in range(first, total + 1):
+            lr = lr_of(cfg, step, total)
+            batch, picks = training_step(state, network, loader, cfg, lr, clock, ranks)
+            log.advance()
+            stopping = ranks.any(bool(stop))
+            evaluates = due(step, eval_every, total) and not stopping
+            saves = due(step, save_every, total) or evaluates or stopping
+            if due(step, cfg.log_every, total) or saves:
+                drain(state, cfg, planner, index, lr, ranks)  # waits for the device
+            if due(step, cfg.log_every, total):
+                log_step(log, state, lr, total, cfg.schedule.batch_size, clock, ranks.device)
+            if saves:
+                save(state, cfg, folder, ranks)
+            if evaluates:
+                log_training_batch(log, batch, picks, state.model.grid, step)
+                judge()
+                save(state, cfg, folder, ranks)
+                clock = Clock()
+            if stopping:
+                break
+    finish_run(log, state, cfg, folder, total, stop.signal)
+    return stop.signal if state.step < total else None
+
+
+def lr_of(cfg: TrainConfig, step: int, total: int) -> float:
+    """The rate of a step, scaled linearly to the batch size (Goyal et al. 2017)."""
+    schedule = cfg.schedule
+    return lr_at(
+        step,
+        total=total,
+        peak=schedule.lr * schedule.batch_size / schedule.reference_batch,
+        warmup=schedule.warmup,
+        decay=schedule.decay,
+        milestones=schedule.milestones,
+        gamma=schedule.gamma,
+    )
