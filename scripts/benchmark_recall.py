@@ -75,43 +75,42 @@ def draw(folder: Path, images: int, proposals: int, objects: int) -> None:
     np.savez(folder / "proposals.npz", **vars(draw_proposals(rng, images, proposals, drawn)))
 
 
+def annotations(objects: ObjectArrays) -> list[dict[str, Any]]:
+    """The objects in COCO's form; ids from 1, as COCOeval takes a match with id 0 for no match."""
+    owner = np.repeat(np.arange(len(objects.offsets) - 1), np.diff(objects.offsets))
+    crowd = objects.ignore.astype(int)
+    columns = (owner, objects.boxes_xywh, objects.areas, crowd, range(1, len(owner) + 1))
+    keys = ("image_id", "bbox", "area", "iscrowd", "id")
+    rows = zip(*(np.asarray(column).tolist() for column in columns), strict=True)
+    return [{"category_id": 1, **dict(zip(keys, row, strict=True))} for row in rows]
+
+
+def detections(proposals: ProposalArrays) -> list[dict[str, Any]]:
+    """The proposals in the form of COCO results."""
+    owner = np.repeat(np.arange(len(proposals.offsets) - 1), np.diff(proposals.offsets))
+    columns = (owner.tolist(), proposals.boxes_xywh.tolist(), proposals.scores.tolist())
+    return [
+        {"image_id": image, "category_id": 1, "bbox": box, "score": score}
+        for image, box, score in zip(*columns, strict=True)
+    ]
+
+
 def score_by_coco(scorer: str, proposals: ProposalArrays, objects: ObjectArrays) -> dict[str, Any]:
     """Time and recall [T, A, N] of a scorer with the interface of pycocotools."""
     coco_class, eval_class = (
         getattr(importlib.import_module(path.split(":")[0]), path.split(":")[1])
         for path in COCO_CLASSES[scorer]
     )
-    images = range(len(objects.offsets) - 1)
     truth = coco_class()
     truth.dataset = {
-        "images": [{"id": i, "width": 1000, "height": 1000} for i in images],
-        "categories": [{"id": 1, "name": "object"}],
-        "annotations": [  # ids from 1: COCOeval takes a match with id 0 for no match
-            {"id": i, "image_id": image, "bbox": box, "area": area, "iscrowd": c, "category_id": 1}
-            for i, (image, box, area, c) in enumerate(
-                zip(
-                    np.repeat(images, np.diff(objects.offsets)).tolist(),
-                    objects.boxes_xywh.tolist(),
-                    objects.areas.tolist(),
-                    objects.ignore.astype(int).tolist(),
-                    strict=True,
-                ),
-                start=1,
-            )
+        "images": [
+            {"id": i, "width": 1000, "height": 1000} for i in range(len(objects.offsets) - 1)
         ],
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": annotations(objects),
     }
     truth.createIndex()
-    found = truth.loadRes(
-        [
-            {"image_id": image, "bbox": box, "score": score, "category_id": 1}
-            for image, box, score in zip(
-                np.repeat(images, np.diff(proposals.offsets)).tolist(),
-                proposals.boxes_xywh.tolist(),
-                proposals.scores.tolist(),
-                strict=True,
-            )
-        ]
-    )
+    found = truth.loadRes(detections(proposals))
     evaluator = eval_class(truth, found, "bbox")
     evaluator.params.useCats = 0
     evaluator.params.maxDets = list(MAX_PROPOSALS)

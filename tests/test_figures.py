@@ -61,9 +61,9 @@ def test_without_found_every_object_is_drawn_as_found() -> None:
     assert colours(picture[:, 60, 40:41]) == [BLUISH_GREEN]
 
 
-def test_a_better_proposal_is_less_faint_and_on_top() -> None:
-    proposals = torch.tensor([[10.0, 5, 50, 25], [10, 5, 50, 25], [10, 40, 50, 60]])
-    picture = detections(proposals=proposals, scores=torch.tensor([1.0, 0.5, 0.0]))
+def test_a_better_proposal_is_less_faint() -> None:
+    proposals = torch.tensor([[10.0, 5, 50, 25], [10, 40, 50, 60]])
+    picture = detections(proposals=proposals, scores=torch.tensor([1.0, 0.0]))
     best, worst = colours(picture[:, 60, 40:41])[0], colours(picture[:, 200, 40:41])[0]
     assert best == SKY_BLUE
     # 115 of 255 parts of the line, the rest is the image: 200 - 115 / 255 * (200 - 86) = 148.6.

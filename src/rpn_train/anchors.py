@@ -41,7 +41,7 @@ def cell_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...], rounded: b
     size = torch.tensor(sizes, dtype=torch.float32)
     h_ratio = torch.tensor(ratios, dtype=torch.float32).sqrt()
     heights = (h_ratio[:, None] * size[None, :]).flatten()
-    # 1 / sqrt first, as torchvision: another order changes the last bit and may move a tie in round()
+    # 1 / sqrt first, as torchvision: another order changes the last bit, which may decide round()
     widths = ((1 / h_ratio)[:, None] * size[None, :]).flatten()
     cells = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
     return cells.round() if rounded else cells

@@ -37,12 +37,14 @@ def build_model(cfg: TrainConfig) -> RPN:
 def anchor_grid(cfg: TrainConfig, strides: tuple[int, ...]) -> AnchorGrid:
     """The anchors, checked against the strides of the backbone's levels."""
     sizes, given = cfg.anchors.sizes, cfg.anchors.strides
+    if len(sizes) == 1:  # of all levels, as in Detectron2
+        sizes = sizes * len(strides)
     listed = ", ".join(map(str, strides))
     if len(sizes) != len(strides):
-        preset = "anchors=c4 or anchors=paper" if len(strides) == 1 else "anchors=fpn"
+        presets = "anchors=c4 or anchors=paper" if len(strides) == 1 else "anchors=fpn"
         raise ConfigError(
             f"anchors.sizes: {len(sizes)} level(s) given, backbone {cfg.backbone.name} has "
-            f"{len(strides)} (strides {listed}); {preset} fits"
+            f"{len(strides)} (strides {listed}); {presets} fits"
         )
     if len({len(level) for level in sizes}) != 1:
         raise ConfigError(
@@ -73,9 +75,7 @@ def open_split(dataset: DatasetConfig, which: str, seed: int) -> tuple[Index, Re
         annotations = _path(
             dataset, which, split, split.annotations, f"annotations/instances_{split.split}.json"
         )
-        index = read_coco(
-            annotations, images, categories=dataset.categories, keep_empty=keep_empty
-        )
+        index = read_coco(annotations, images, categories=dataset.categories, keep_empty=keep_empty)
     else:
         index = read_voc(
             _path(dataset, which, split, split.annotations, "Annotations"),
@@ -130,7 +130,11 @@ def build_eval_batches(
 
 
 def _path(
-    dataset: DatasetConfig, which: str, split: SplitConfig, given: str | None, below_root: str | None
+    dataset: DatasetConfig,
+    which: str,
+    split: SplitConfig,
+    given: str | None,
+    below_root: str | None,
 ) -> Path:
     """A path given outright, or its place below the root of the standard layout."""
     if given is not None:

@@ -53,7 +53,9 @@ def find(path: Path) -> Path:
     if path.is_dir():
         last = path / "checkpoints" / "last.pt"
         if not last.is_file():
-            raise CheckpointError(f"{path}: expected a run folder, got no checkpoints/last.pt in it")
+            raise CheckpointError(
+                f"{path}: expected a run folder, got no checkpoints/last.pt in it"
+            )
         return last
     if not path.is_file():
         raise CheckpointError(f"expected a run folder or a checkpoint, got nothing at {path}")

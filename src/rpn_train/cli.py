@@ -124,7 +124,9 @@ def _compose_run(typed: Sequence[str]) -> TrainConfig:
         raise ConfigError("resume=auto: expected output_dir=FOLDER of the run to go on with")
     stored = Path(cfg.output_dir) / "config.yaml"
     if not stored.is_file():
-        raise CheckpointError(f"resume=auto: expected a run in {cfg.output_dir}, got no config.yaml")
+        raise CheckpointError(
+            f"resume=auto: expected a run in {cfg.output_dir}, got no config.yaml"
+        )
     if any(o.key_or_group == "experiment" for o in overrides):
         return cfg  # typed in full
     return _lay_over(yaml.safe_load(stored.read_text()), overrides, typed)
@@ -245,7 +247,9 @@ def _compose(typed: Sequence[str]) -> dict[str, Any]:
     """Plain nested data: defaults, then files, then what was typed."""
     # networks of timm have no file of their own
     typed = [
-        a.replace("backbone=timm:", "backbone.name=timm:", 1) if a.startswith("backbone=timm:") else a
+        a.replace("backbone=timm:", "backbone.name=timm:", 1)
+        if a.startswith("backbone=timm:")
+        else a
         for a in typed
     ]
     ConfigStore.instance().store(name="schema", node=to_mapping(TrainConfig()))

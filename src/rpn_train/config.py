@@ -30,12 +30,8 @@ def option(
     The range holds for every number of a nested tuple.
     """
     metadata = {"help": help, "low": low, "high": high, "above": above}
-    return cast(T, field(default=default, metadata=metadata))
-
-
-def group(kind: type[T]) -> T:
-    """A nested dataclass of options with its own defaults."""
-    return cast(T, field(default_factory=kind))
+    value: T = field(default=default, metadata=metadata)
+    return value
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,9 @@ class ShapesConfig:
 class DatasetConfig:
     format: Literal["shapes", "coco", "voc"] = option("shapes", "how images and boxes are stored")
     root: str | None = option(None, "folder in the standard layout of the format")
-    train: SplitConfig = group(SplitConfig)
-    val: SplitConfig = group(SplitConfig)
-    shapes: ShapesConfig = group(ShapesConfig)
+    train: SplitConfig = SplitConfig()
+    val: SplitConfig = SplitConfig()
+    shapes: ShapesConfig = ShapesConfig()
     categories: tuple[str, ...] | None = option(None, "keep only these categories; null: all")
     keep_empty: bool = option(True, "train on images without objects too, as background")
 
@@ -100,7 +96,7 @@ class BackboneConfig:
 class AnchorsConfig:
     sizes: tuple[tuple[float, ...], ...] = option(
         ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)),
-        "square root of the anchor areas of each level, px",
+        "square roots of anchor areas, px: one list for each level, or one for all",
         above=0,
     )
     ratios: tuple[float, ...] = option((0.5, 1.0, 2.0), "height / width", above=0)
@@ -145,8 +141,8 @@ class TopNConfig:
 class ProposalsConfig:
     nms_iou: float = option(0.7, "of two proposals above this IoU the weaker goes", low=0, high=1)
     min_size: float = option(0.001, "smaller proposals are dropped, px of the resized image", low=0)
-    train: TopNConfig = field(default_factory=lambda: TopNConfig(2000, 2000))
-    test: TopNConfig = group(TopNConfig)
+    train: TopNConfig = TopNConfig(2000, 2000)
+    test: TopNConfig = TopNConfig()
 
 
 @dataclass(frozen=True)
@@ -180,7 +176,9 @@ class EvalConfig:
     max_proposals: tuple[int, ...] = option(
         (100, 300, 1000), "the N of recall@N; training needs 100 among them", low=1
     )
-    batch_size: int = option(8, "images per process at a time; the figures do not depend on it", low=1)
+    batch_size: int = option(
+        8, "images per process at a time; the figures do not depend on it", low=1
+    )
     pictures: int = option(8, "validation images drawn in TensorBoard", low=0)
 
 
@@ -202,15 +200,15 @@ class TrainConfig:
     eval_every: int | None = option(None, "steps; null: once per epoch", low=1)
     save_every: int | None = option(None, "steps; null: once per epoch", low=1)
     eval_at_start: bool = option(True, "score the untrained network first, as the baseline")
-    dataset: DatasetConfig = group(DatasetConfig)
-    image: ImageConfig = group(ImageConfig)
-    augment: AugmentConfig = group(AugmentConfig)
-    backbone: BackboneConfig = group(BackboneConfig)
-    anchors: AnchorsConfig = group(AnchorsConfig)
-    method: MethodConfig = group(MethodConfig)
-    proposals: ProposalsConfig = group(ProposalsConfig)
-    schedule: ScheduleConfig = group(ScheduleConfig)
-    eval: EvalConfig = group(EvalConfig)
+    dataset: DatasetConfig = DatasetConfig()
+    image: ImageConfig = ImageConfig()
+    augment: AugmentConfig = AugmentConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    anchors: AnchorsConfig = AnchorsConfig()
+    method: MethodConfig = MethodConfig()
+    proposals: ProposalsConfig = ProposalsConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
         if self.image.max_side < self.image.short_side:

@@ -84,11 +84,9 @@ def start(device: str) -> Iterator[Ranks]:
     if not launched():
         yield Ranks(0, 1, here)
         return
-    dist.init_process_group(
-        "nccl" if use_cuda else "gloo", device_id=here if use_cuda else None
-    )
+    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=here if use_cuda else None)
     try:
-        control = dist.new_group(backend="gloo")
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         yield Ranks(dist.get_rank(), dist.get_world_size(), here, control)
     finally:
         dist.destroy_process_group()

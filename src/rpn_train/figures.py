@@ -49,11 +49,11 @@ def draw_detections(
         uint8 [3, s * H, s * W], enlarged by the least whole s that makes it `MIN_SIDE_PX` long.
     """
     picture = _Picture(image)
-    for k in scores.argsort().tolist():  # the best on top
-        picture.box(proposals[k], (*SKY_BLUE, round(115 + 140 * float(scores[k]))))
+    for box, score in zip(proposals, scores.tolist(), strict=True):
+        picture.box(box, (*SKY_BLUE, round(115 + 140 * score)))
     for g, box in enumerate(gt_boxes):
         hit = found is None or bool(found[g])
-        colour = BLUISH_GREEN if gt_ignore[g] else BLUISH_GREEN if hit else VERMILLION
+        colour = GREY if gt_ignore[g] else BLUISH_GREEN if hit else VERMILLION
         picture.framed_box(box, colour)
     return picture.tensor()
 

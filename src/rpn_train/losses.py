@@ -71,11 +71,11 @@ def rpn_losses(
     """Losses of a batch from the outputs at the sampled anchors.
 
     Args:
-        logits, deltas: [B, S] and [B, S, 4], at `picks.index`.
+        logits, deltas: [B, S] and [B, S, 4], at `picks.at`.
         anchors: [R, 4]. gt_boxes: [B, G, 4]. matches: int64 [B, R], rows of gt_boxes.
         normalizer: slots per image x images of the whole batch, over all processes.
     """
-    matched = matches.gather(1, picks.index)  # [B, S]
+    matched = matches.gather(1, picks.at)  # [B, S]
     gt = gt_boxes.gather(1, matched[..., None].expand(-1, -1, 4))  # [B, S, 4]
-    box = box_loss(deltas, anchors[picks.index], gt, picks.positive, kind=box_kind, beta=beta)
+    box = box_loss(deltas, anchors[picks.at], gt, picks.positive, kind=box_kind, beta=beta)
     return Losses(objectness_loss(logits, picks) / normalizer, box * box_weight / normalizer)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rpn_train.anchors import AnchorGrid
+from rpn_train.backbones import Backbone
 
 # Mean and deviation of ImageNet in RGB 0..1, which all torchvision weights expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -61,7 +62,7 @@ class RPN(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         grid: AnchorGrid,
         make_head: Callable[[int, int], nn.Module],
     ) -> None:

@@ -19,8 +19,9 @@ images and all thresholds side by side: every object asks the first proposal on 
 proposal keeps the one it prefers of those who asked, and the others ask the next on theirs.
 
 *The greedy protocol is the same with another taste.* Detectron2 joins the pair of highest IoU that
-is left, again and again. That is the stable matching in which objects, too, prefer the higher IoU;
-and as pairs below a threshold come after all those above, it too may be found per threshold.
+is left, again and again, afresh for each number of proposals. That is the stable matching in which
+objects, too, prefer the higher IoU; and as pairs below a threshold come after all those above, it
+may be found per threshold. Images with objects but no proposals count here; Detectron2 skips them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -96,6 +97,11 @@ class ObjectArrays:
         if self.ignore.shape != shape or self.ignore.dtype != np.bool_:
             raise DataError(f"objects: expected bool ignore {shape}, got {self.ignore.dtype}")
 
+    def in_size(self) -> Bools:
+        """Which objects count in which size: [A, M]."""
+        low, high = np.array(list(SIZES.values())).T[:, :, None]
+        return (self.areas >= low) & (self.areas <= high) & ~self.ignore
+
 
 @dataclass(frozen=True, eq=False)
 class Recall:
@@ -150,11 +156,9 @@ def score_recall(
     """Recall of the objects by the N best proposals of their image.
 
     Args:
-        proposals, objects: of the same images in the same order.
+        proposals, objects: those of the same images in the same order.
         max_proposals: each N >= 1; may exceed the number of proposals.
-        protocol: "coco" matches as COCOeval does with `useCats=0` (Lin et al. 2014), bit for bit.
-            "greedy" matches by IoU alone and afresh for each N, as Detectron2 does, but in double
-            precision and counting the images without proposals, which Detectron2 leaves out.
+        protocol: "coco" matches as COCOeval (Lin et al. 2014), "greedy" as Detectron2; see above.
 
     Raises:
         ConfigError: no `max_proposals`, one below 1, or an unknown protocol.
@@ -167,10 +171,8 @@ def score_recall(
     num_images, given = len(objects.offsets) - 1, len(proposals.offsets) - 1
     if num_images != given:
         raise DataError(f"proposals: expected those of {num_images} images, got {given}")
-    low, high = np.array(list(SIZES.values())).T[:, :, None]
-    in_size = (objects.areas >= low) & (objects.areas <= high) & ~objects.ignore  # [A, M]
-    shape = (len(IOU_THRESHOLDS), len(SIZES), len(max_proposals))
-    hits = np.zeros(shape, np.int64)
+    in_size = objects.in_size()
+    hits = np.zeros((len(IOU_THRESHOLDS), len(SIZES), len(max_proposals)))
     matched_rank = np.full((len(IOU_THRESHOLDS), len(objects.areas)), -1, np.int32)
     for block, pairs in _candidate_pairs(proposals, objects, max(max_proposals)):
         for a, members in enumerate(in_size[:, block]):
@@ -180,8 +182,7 @@ def score_recall(
             if a == 0:  # all sizes
                 matched_rank[:, block] = ranks[np.argmax(max_proposals)]
     counts = in_size.sum(axis=1)
-    recall = np.full(shape, np.nan)
-    np.divide(hits, counts[:, None], out=recall, where=counts[:, None] > 0)
+    recall = hits / np.where(counts > 0, counts, np.nan)[:, None]
     num_objects = dict(zip(SIZES, counts.tolist(), strict=True))
     return Recall(tuple(max_proposals), recall, num_images, num_objects, matched_rank)
 
@@ -224,8 +225,8 @@ def _candidate_pairs(
         num_pairs += len(ious)
         num_proposals += len(best)
         if num_pairs + num_proposals >= BLOCK_SIZE or image == num_images - 1:
-            pairs = _Pairs._make(map(np.concatenate, zip(*found, strict=True)))
-            yield slice(start, ours.stop), pairs
+            columns = map(np.concatenate, zip(*found, strict=True))
+            yield slice(start, ours.stop), _Pairs._make(columns)
             start, found, num_pairs, num_proposals = ours.stop, [], 0, 0
 
 
@@ -251,19 +252,15 @@ def _overlaps(objects: Floats, proposals: Floats) -> tuple[Ints, Ints, Floats]:
 
 
 def _match(pairs: _Pairs, num_objects: int, *, later_wins: bool) -> Ints:
-    """The stable matching at each threshold.
+    """The stable matching at each threshold: rank [T, G] of the proposal of each object, or -1.
 
-    Args:
-        pairs: those of an object stand together, in the order in which it asks.
-        num_objects: G of the block.
-        later_wins: a proposal that overlaps two objects equally prefers the later.
-
-    Returns:
-        Ranks [T, G] of the proposals that found the objects, or -1.
+    `later_wins`: a proposal that overlaps two objects equally prefers the later one.
     """
     eligible = pairs.ious >= IOU_THRESHOLDS[:, None]  # [T, E]
     level = np.repeat(np.arange(len(eligible)), np.count_nonzero(eligible, axis=1))  # [F]
-    pair = np.flatnonzero(eligible) - level * len(pairs.ious)  # [F] the questions, in asking order
+    pair = np.flatnonzero(eligible) - level * len(
+        pairs.ious
+    )  # [F] questions, in the order of asking
     asker = pairs.objects[pair] + level * num_objects
     asked = pairs.proposals[pair] + level * (pairs.proposals.max(initial=0) + 1)
     is_last = np.diff(asker, append=-1) != 0
@@ -285,13 +282,13 @@ def _match(pairs: _Pairs, num_objects: int, *, later_wins: bool) -> Ints:
 
 
 def _match_by_score(pairs: _Pairs, num_objects: int, max_proposals: Sequence[int]) -> Ints:
-    """COCOeval's matching: ranks [N, T, G] of the proposals that found the objects, or -1."""
+    """COCOeval's matching: rank [N, T, G] of the proposal of each object, or -1."""
     ranks = _match(pairs, num_objects, later_wins=True)
     return np.stack([np.where(ranks < limit, ranks, -1) for limit in max_proposals])
 
 
 def _match_by_iou(pairs: _Pairs, num_objects: int, max_proposals: Sequence[int]) -> Ints:
-    """Detectron2's matching: ranks [N, T, G] of the proposals that found the objects, or -1."""
+    """Detectron2's matching: rank [N, T, G] of the proposal of each object, or -1."""
     pairs = pairs.where(np.lexsort((pairs.ranks, -pairs.ious, pairs.objects)))
     among = [pairs.where(pairs.ranks < limit) for limit in max_proposals]
     return np.stack([_match(best, num_objects, later_wins=False) for best in among])

@@ -32,6 +32,7 @@ def describe_run(
     log: RunLog,
     cfg: TrainConfig,
     state: RunState,
+    changed: dict[str, str],
     index: Index,
     val_index: Index,
     total: int,
@@ -61,6 +62,8 @@ def describe_run(
     log.line(f"device    {device_name(ranks.device)} x {ranks.world}, {cfg.precision}")
     if state.step:
         log.line(f"resuming  after step {state.step}")
+        for key, change in changed.items():
+            log.line(f"          changed: {key}: {change}")
     options = [f"    {key}: {value}" for key, value in flatten(to_mapping(cfg)).items()]
     log.text("config", "\n".join(options))
 
@@ -88,19 +91,19 @@ def log_step(
     }
     log.timing(state.step, timing)
     left = (total - state.step) * batch_size / speed
-    log.progress(
-        state.step, total, f"loss {loss:.4f}  rate {lr:.2g}  {speed:.1f} images/s", left
-    )
+    log.progress(state.step, total, f"loss {loss:.4f}  rate {lr:.2g}  {speed:.1f} images/s", left)
 
 
-def log_training_batch(log: RunLog, batch: Batch, picks: Picks, grid: AnchorGrid, step: int) -> None:
+def log_training_batch(
+    log: RunLog, batch: Batch, picks: Picks, grid: AnchorGrid, step: int
+) -> None:
     """The first image of a training batch with the positive anchors that were sampled in it."""
     anchors = grid_anchors(grid, batch.canvas, batch.images.device)
     height, width = batch.sizes[0].tolist()
     picture = draw_anchors(
         batch.images[0, :, :height, :width].cpu(),
         gt_boxes=batch.gt_boxes[0, batch.gt_valid[0]].cpu(),
-        positives=anchors[picks.index[0, picks.positive[0]]].cpu(),
+        positives=anchors[picks.at[0, picks.positive[0]]].cpu(),
     )
     log.image("train/sampled_positives", step, picture)
 
@@ -114,7 +117,7 @@ def log_evaluation(
     stop: StopRequest,
     ranks: Ranks,
 ) -> None:
-    """Evaluate, and tell and keep the result; nothing of it where a stop was requested meanwhile."""
+    """Evaluate, tell and keep the result; nothing of it if a stop was requested meanwhile."""
     started = time.perf_counter()
     found = evaluate(state.judged, batches, cfg, stop, ranks)
     if found is None:
@@ -182,7 +185,11 @@ def recall_table(recall: Recall) -> str:
     rows.append(f"{'objects':<18}" + "".join(f"{recall.num_objects[s]:>9}" for s in SIZES))
     figures = recall.figures()
     for n in recall.max_proposals:
-        for label, key in (("AR@{}", "ar_{}"), ("R@{} IoU .5", "recall_{}_iou50"), ("R@{} IoU .7", "recall_{}_iou70")):
+        for label, key in (
+            ("AR@{}", "ar_{}"),
+            ("R@{} IoU .5", "recall_{}_iou50"),
+            ("R@{} IoU .7", "recall_{}_iou70"),
+        ):
             values = [figures[key.format(n) + ("" if s == "all" else f"_{s}")] for s in SIZES]
             cells = "".join(f"{'-' if math.isnan(v) else f'{v:.4f}':>9}" for v in values)
             rows.append(f"{label.format(n):<18}{cells}")
@@ -206,7 +213,9 @@ def commit() -> str | None:
     """Commit of the source tree this runs from, '+' if it was changed; None outside of one."""
     git = ("git", "-C", str(Path(__file__).parent))
     try:
-        head = subprocess.run((*git, "rev-parse", "--short", "HEAD"), capture_output=True, text=True)
+        head = subprocess.run(
+            (*git, "rev-parse", "--short", "HEAD"), capture_output=True, text=True
+        )
         dirty = subprocess.run((*git, "diff", "--quiet", "HEAD"), capture_output=True)
     except OSError:  # no git
         return None

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -40,15 +41,15 @@ class RunState:
     pending: list[Tensor] = field(default_factory=list)
 
     @property
-    def judged(self) -> nn.Module:
+    def judged(self) -> RPN:
         """The network that is evaluated: the averaged weights where there are some."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema is None else cast(RPN, self.ema.module)
 
 
 def build_state(cfg: TrainConfig, device: torch.device) -> RunState:
     """The state before step 1: what follows from the configuration alone."""
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model = build_model(cfg).to(device, memory_format=layout)
+    model = build_model(cfg).to(device).to(memory_format=layout)
     optimizer = build_optimizer(
         model,
         name=cfg.schedule.optimizer,
@@ -82,8 +83,10 @@ def save(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks, name: st
     checkpoint.save(saved, folder / "checkpoints" / f"{name}.pt")
 
 
-def resume(state: RunState, cfg: TrainConfig, folder: Path) -> dict[str, str]:
+def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dict[str, str]:
     """Restore the last checkpoint of a folder into the state, if it has one.
+
+    Logged lines of later steps are dropped.
 
     Returns:
         What differs between its configuration and `cfg`, key -> 'old -> new'.
@@ -96,6 +99,8 @@ def resume(state: RunState, cfg: TrainConfig, folder: Path) -> dict[str, str]:
         return {}
     saved = checkpoint.load(path)
     changed = differences(saved["config"], to_mapping(cfg))
+    for key in ("resume", "output_dir"):
+        changed.pop(key, None)
     for key, change in changed.items():
         if key.startswith(_FIXED):
             raise CheckpointError(
@@ -110,14 +115,17 @@ def resume(state: RunState, cfg: TrainConfig, folder: Path) -> dict[str, str]:
     state.scaler.load_state_dict(saved["scaler"])
     state.step, state.evaluated = saved["step"], saved["evaluated"]
     state.best_ar_100, state.history = saved["best_ar_100"], saved["history"]
+    if ranks.is_main:
+        forget_later_lines(state, folder)
     return changed
 
 
 def forget_later_lines(state: RunState, folder: Path) -> None:
     """Drop logged lines of steps that will be done again, so that none stands twice."""
+
+    def stays(line: dict[str, Any]) -> bool:
+        evaluation = any(key.startswith("val/") for key in line)
+        return bool(line["step"] <= (state.evaluated if evaluation else state.step))
+
     for name in ("metrics.jsonl", "timing.jsonl"):
-        truncate_lines(
-            folder / name,
-            lambda line: line["step"] < state.step
-            or (line["step"] == state.step and ("val/ar_100" not in line or state.evaluated == state.step)),
-        )
+        truncate_lines(folder / name, stays)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
@@ -52,7 +52,7 @@ def prepare_network(model: nn.Module, cfg: TrainConfig, ranks: Ranks) -> nn.Modu
 def batch_losses(
     network: nn.Module, grid: AnchorGrid, batch: Batch, cfg: TrainConfig
 ) -> tuple[Losses, Picks]:
-    """Losses of a batch and the anchors they were read at. Needs no proposals, and waits for nothing.
+    """Losses of a batch and the anchors they were read at. Waits for nothing.
 
     The normaliser is that of the whole batch over all processes and pieces, so the losses of all
     add up to the loss of the step.
@@ -80,7 +80,7 @@ def batch_losses(
     )
     images = normalize_images(batch.images, batch.sizes)
     with autocast(cfg.precision, images.device):
-        outputs = network(images, at=picks.index)
+        outputs = network(images, at=picks.at)
     losses = rpn_losses(
         outputs.logits,
         outputs.deltas,

@@ -18,7 +18,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 class Assignment(NamedTuple):
-    """labels int8 [B, R]: POSITIVE, BACKGROUND or IGNORED; matches int64 [B, R]: row of gt_boxes."""
+    """labels int8 [B, R]: POSITIVE, BACKGROUND, IGNORED; matches int64 [B, R]: rows of gt_boxes."""
 
     labels: Tensor
     matches: Tensor
@@ -27,11 +27,11 @@ class Assignment(NamedTuple):
 class Picks(NamedTuple):
     """The sampled anchors, in a fixed number of slots S per image, positives first.
 
-    index int64 [B, S] into the R anchors; positive bool [B, S]; valid bool [B, S]: false for slots
-    that stay empty because an image has too few anchors of either kind (their index is arbitrary).
+    at: int64 [B, S], indices into the R anchors. positive: bool [B, S]. valid: bool [B, S], false
+    for slots that stay empty because an image has too few anchors (their index is arbitrary).
     """
 
-    index: Tensor
+    at: Tensor
     positive: Tensor
     valid: Tensor
 
@@ -152,8 +152,8 @@ def sample(labels: Tensor, keys: Tensor, *, num_samples: int, fg_fraction: float
     slot = torch.arange(slots, device=labels.device).expand_as(background)
     positive = slot < num_positive
     both = torch.cat([positives, background], dim=1)
-    index = both.gather(1, torch.where(positive, slot, most_positives + slot - num_positive))
-    return Picks(index, positive, slot < num_positive + num_background)
+    at = both.gather(1, torch.where(positive, slot, most_positives + slot - num_positive))
+    return Picks(at, positive, slot < num_positive + num_background)
 
 
 def _hash32(x: Tensor) -> Tensor:

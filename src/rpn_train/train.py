@@ -38,10 +38,10 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     epoch = planner.steps_per_epoch
     total = cfg.schedule.steps or max(1, round(cfg.schedule.epochs * epoch))
     eval_every, save_every = cfg.eval_every or epoch, cfg.save_every or epoch
-    resume(state, cfg, folder)
+    changed = resume(state, cfg, folder, ranks)
     first, pieces = state.step + 1, cfg.schedule.accumulate
     log = RunLog(folder if ranks.is_main else None, total=total, first=first)
-    describe_run(log, cfg, state, index, val_index, total, ranks)
+    describe_run(log, cfg, state, changed, index, val_index, total, ranks)
     eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
     batches = TrainBatches(
         index, read, planner, rank=ranks.rank, world=ranks.world, accumulate=pieces

@@ -46,13 +46,11 @@ class Batch:
         return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
-        """In page-locked memory (called by the loader), so that copies to a GPU are asynchronous."""
+        """In page-locked memory (called by the loader), so that copies to a GPU do not wait."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 
-def load_item(
-    index: Index, read: ReadImage, item: Item
-) -> tuple[Tensor, Tensor, Tensor]:
+def load_item(index: Index, read: ReadImage, item: Item) -> tuple[Tensor, Tensor, Tensor]:
     """Image uint8 [3, h, w], boxes [g, 4] px and ignore [g] of one item, augmented."""
     image = read(item.row)
     stored = tuple(index.sizes[item.row].tolist())
@@ -121,9 +119,7 @@ class TrainBatches(Dataset[Batch | DataError]):
         share = len(plan.items) // (self.world * self.accumulate)
         start = (piece * self.world + self.rank) * share
         try:
-            return make_batch(
-                self.index, self.read, plan.items[start : start + share], plan.canvas
-            )
+            return make_batch(self.index, self.read, plan.items[start : start + share], plan.canvas)
         except DataError as error:
             return error
 
