@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the networks here are tiny, and test processes run side by side
 
 
 @pytest.fixture(scope="session")

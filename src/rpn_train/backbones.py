@@ -231,8 +231,9 @@ def _from_timm(arch: str, *, weights: str | None, norm: Norm) -> Backbone:
     try:
         import timm
     except ImportError:
-        need = "pip install 'rpn-train[timm]'"
-        raise ConfigError(f"backbone.name: 'timm:{arch}' needs {need}") from None
+        raise ConfigError(
+            f"backbone.name: timm:{arch} needs pip install 'rpn-train[timm]'"
+        ) from None
     norms: dict[Norm, Callable[[Any], Any]] = {
         "frozen_bn": timm.layers.freeze_batch_norm_2d,
         "bn": lambda body: body,
@@ -259,8 +260,8 @@ def _from_timm(arch: str, *, weights: str | None, norm: Norm) -> Backbone:
     for module in body.modules():
         if isinstance(module, timm.layers.DropPath):
             module.drop_prob = 0.0  # as in _from_torchvision
-    channels = body.feature_info.channels()
-    return Backbone(norms[norm](body), channels=channels, channels_last=body.output_fmt == "NHWC")
+    nhwc = getattr(body, "output_fmt", "NCHW") == "NHWC"  # timm's EfficientNets do not say
+    return Backbone(norms[norm](body), channels=body.feature_info.channels(), channels_last=nhwc)
 
 
 _BASIC = (64, 128, 256, 512)

@@ -92,8 +92,9 @@ def normalize_images(images: Tensor, sizes: Tensor) -> Tensor:
     Args:
         sizes: int64 [B, 2] height and width of each image without padding, px.
     """
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    # not made on the device: that would wait for everything the GPU still has to do
+    statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD]).to(images.device, non_blocking=True)
+    mean, std = statistics.view(2, 3, 1, 1)
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device) < sizes[:, :1]  # [B, H]
     columns = torch.arange(width, device=images.device) < sizes[:, 1:]  # [B, W]

@@ -128,7 +128,7 @@ def random_keys(seeds: Tensor, num_anchors: int) -> Tensor:
     """
     index = torch.arange(num_anchors, device=seeds.device)
     low, high = seeds[:, None] & _MASK32, seeds[:, None] >> 32
-    mixed = _hash32(_hash32(index ^ low) ^ high)  # [B, R]
+    mixed = _hash32(_hash32(_hash32(index) ^ low) ^ high)  # [B, R]
     return (mixed << 31) | index  # the index makes them distinct, so that no tie needs breaking
 
 

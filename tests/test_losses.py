@@ -1,0 +1,143 @@
+"""Losses against hand calculations and torchvision's, and the properties training relies on."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torchvision.ops import generalized_box_iou_loss
+
+from rpn_train.boxes import decode
+from rpn_train.losses import box_loss, objectness_loss, rpn_losses
+from rpn_train.targets import Picks
+
+KINDS = ("smooth_l1", "l1", "giou")
+ANCHOR = [0.0, 0, 10, 10]
+
+
+def box_loss_of(gt, kind, *, deltas=None, positive=True):
+    """Loss of one slot on the anchor of 10 x 10 px, predicting no change unless told."""
+    deltas = torch.zeros(4) if deltas is None else torch.tensor(deltas)
+    slot = (deltas[None, None], torch.tensor([[ANCHOR]]), torch.tensor([[gt]]))
+    return box_loss(*slot, torch.tensor([[positive]]), kind=kind, beta=1 / 9).item()
+
+
+def test_objectness_by_hand():
+    """softplus of -/+ logit for positives / background; the third slot is empty."""
+    at = torch.zeros(1, 3, dtype=torch.int64)
+    picks = Picks(at, torch.tensor([[True, False, False]]), torch.tensor([[True, True, False]]))
+    loss = objectness_loss(torch.tensor([[-1.5, 2.0, 9.0]]), picks)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(1.5)) + math.log1p(math.exp(2)))
+
+
+@pytest.mark.parametrize(
+    ("gt", "smooth_l1", "l1", "giou"),
+    [
+        # dx = .1: the square, .5 x .1 ^ 2 x 9. IoU = hull ratio = 90 / 110
+        ([1.0, 0, 11, 10], 0.045, 0.1, 1 - 9 / 11),
+        # dx = .5, the line: .5 - .5 / 9. IoU 50 / 150
+        ([5.0, 0, 15, 10], 0.5 - 1 / 18, 0.5, 1 - 1 / 3),
+        # dy = -.25, dh = log .5
+        ([0.0, 0, 10, 5], 0.25 + math.log(2) - 1 / 9, 0.25 + math.log(2), 0.5),
+        # apart: union 200 in a hull of 300
+        ([20.0, 0, 30, 10], 2 - 1 / 18, 2.0, 1 + 1 / 3),
+    ],
+)
+def test_box_loss_by_hand(gt, smooth_l1, l1, giou):
+    assert box_loss_of(gt, "smooth_l1") == pytest.approx(smooth_l1)
+    assert box_loss_of(gt, "l1") == pytest.approx(l1)
+    assert box_loss_of(gt, "giou") == pytest.approx(giou, rel=1e-5)
+    for kind in KINDS:
+        assert box_loss_of(gt, kind, positive=False) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_deltas_cost_nothing(kind):
+    right = [0.5, -0.25, math.log(2), math.log(3)]  # centre (10, 2.5), 20 x 30 px
+    assert box_loss_of([0.0, -12.5, 20, 17.5], kind, deltas=right) == pytest.approx(0, abs=1e-6)
+
+
+def random_case(batch=4, slots=6, anchors=40, objects=3):
+    """Outputs and targets of a batch; the second image has no object, the third an empty slot."""
+    torch.manual_seed(0)
+
+    def boxes(*shape):
+        corners = torch.rand(*shape, 2) * 90
+        return torch.cat([corners, corners + 5 + torch.rand(*shape, 2) * 60], dim=-1)
+
+    at = torch.stack([torch.randperm(anchors)[:slots] for _ in range(batch)])
+    positive = torch.arange(slots) < torch.tensor([3, 0, 1, 2])[:batch, None]
+    valid = torch.arange(slots) < torch.tensor([6, 6, 5, 6])[:batch, None]
+    gt = boxes(batch, objects)
+    gt[1] = 0  # padding rows
+    return {
+        "logits": torch.randn(batch, slots, requires_grad=True),
+        "deltas": torch.randn(batch, slots, 4, requires_grad=True),
+        "picks": Picks(at, positive, valid),
+        "anchors": boxes(anchors),
+        "gt_boxes": gt,
+        "matches": torch.randint(objects, (batch, anchors)),
+    }
+
+
+def test_giou_is_that_of_the_decoded_boxes():
+    """And each slot meets the anchor it was read at and the object matched to that anchor."""
+    case = random_case()
+    losses = rpn_losses(**case, box_kind="giou", beta=1.0, box_weight=2.0, normalizer=10)
+    total = 0.0
+    for i in range(4):
+        for slot in case["picks"].positive[i].nonzero().flatten().tolist():
+            anchor = case["picks"].at[i, slot]
+            pred = decode(case["deltas"][i, slot], case["anchors"][anchor])
+            gt = case["gt_boxes"][i, case["matches"][i, anchor]]
+            total += generalized_box_iou_loss(pred[None], gt[None]).sum()
+    assert_close(losses.box, total * 2 / 10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_without_objects_has_no_box_loss(kind):
+    """Exactly 0 with zero gradients, even where the slots hold boxes that are no numbers."""
+    case = random_case(batch=2)
+    case["gt_boxes"][1] = math.nan
+    losses = rpn_losses(**case, box_kind=kind, beta=1 / 9, box_weight=1.0, normalizer=12)
+    (losses.objectness + losses.box).backward()
+    assert losses.box.isfinite()
+    assert case["deltas"].grad[0, :3].abs().min() > 0
+    assert torch.equal(case["deltas"].grad[0, 3:], torch.zeros(3, 4))
+    assert torch.equal(case["deltas"].grad[1], torch.zeros(6, 4))
+
+    alone = {k: v[1:] for k, v in case.items() if k not in ("anchors", "picks")}
+    alone |= {"anchors": case["anchors"], "picks": Picks(*(p[1:] for p in case["picks"]))}
+    assert rpn_losses(**alone, box_kind=kind, beta=1, box_weight=1, normalizer=6).box == 0
+
+
+def test_empty_slots_have_no_gradient():
+    case = random_case()
+    losses = rpn_losses(**case, box_kind="l1", beta=1.0, box_weight=1.0, normalizer=24)
+    losses.objectness.backward()
+    assert torch.equal(case["logits"].grad == 0, ~case["picks"].valid)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_parts_of_a_batch_add_up(kind):
+    """With one normaliser: what accumulation and several processes rest on."""
+    case = random_case()
+    options = {"box_kind": kind, "beta": 1 / 9, "box_weight": 1.5, "normalizer": 24}
+    whole = rpn_losses(**case, **options)
+    parts = []
+    for part in (slice(0, 1), slice(1, 4)):
+        cut = {k: v[part] for k, v in case.items() if k not in ("anchors", "picks")}
+        picks = Picks(*(p[part] for p in case["picks"]))
+        parts.append(rpn_losses(**cut, picks=picks, anchors=case["anchors"], **options))
+    assert_close(parts[0].objectness + parts[1].objectness, whole.objectness)
+    assert_close(parts[0].box + parts[1].box, whole.box)
+
+
+def test_bfloat16_outputs_are_summed_in_float32():
+    case = random_case()
+    options = {"box_kind": "smooth_l1", "beta": 1 / 9, "box_weight": 1.0, "normalizer": 24}
+    case["logits"], case["deltas"] = case["logits"].bfloat16(), case["deltas"].bfloat16()
+    losses = rpn_losses(**case, **options)
+    case["logits"], case["deltas"] = case["logits"].float(), case["deltas"].float()
+    assert (losses.objectness.dtype, losses.box.dtype) == (torch.float32, torch.float32)
+    assert_close(losses, rpn_losses(**case, **options), rtol=0, atol=0)
