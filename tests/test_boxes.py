@@ -4,8 +4,9 @@ import math
 
 import torch
 from torch.testing import assert_close
+from torchvision.ops import generalized_box_iou_loss
 
-from rpn_train.boxes import clip, decode, encode, intersection_over_anchor
+from rpn_train.boxes import clip, decode, encode, generalized_iou, intersection_over_anchor
 
 ANCHOR = torch.tensor([0.0, 0, 10, 20])  # centre (5, 10), 10 x 20 px
 
@@ -53,6 +54,23 @@ def test_clip():
     assert clip(boxes, torch.tensor([20, 30])).tolist() == in_20x30
     batch = clip(boxes.expand(2, 3, 4), torch.tensor([[20, 30], [70, 40]])[:, None])
     assert batch.tolist() == [in_20x30, in_70x40]
+
+
+def test_generalized_iou():
+    """By hand: the same box, a corner in common, one inside the other, apart."""
+    box = torch.tensor([0.0, 0, 10, 10])
+    others = torch.tensor([[0.0, 0, 10, 10], [10, 10, 20, 20], [2, 3, 5, 5], [30, 0, 40, 10]])
+    assert_close(generalized_iou(box, others), torch.tensor([1, -0.5, 0.06, -0.5]))
+
+
+def test_generalized_iou_and_its_gradient_are_torchvisions():
+    boxes, others = random_boxes(50, seed=2).requires_grad_(), random_boxes(50, seed=3)
+    ours, theirs = generalized_iou(boxes, others), generalized_box_iou_loss(boxes, others)
+    assert theirs.min() < 1 < theirs.max()  # some overlap, some do not
+    assert_close(1 - ours, theirs)
+    weights = torch.linspace(1, 2, 50)
+    (gradient,) = torch.autograd.grad(ours, boxes, -weights)
+    assert_close(gradient, torch.autograd.grad(theirs, boxes, weights)[0])
 
 
 def test_intersection_over_anchor():

@@ -9,7 +9,8 @@ from torchvision.ops import generalized_box_iou_loss
 
 from rpn_train.boxes import decode
 from rpn_train.losses import box_loss, objectness_loss, rpn_losses
-from rpn_train.targets import Picks
+from rpn_train.model import normalize_images
+from rpn_train.targets import Picks, assign, random_keys, sample
 
 KINDS = ("smooth_l1", "l1", "giou")
 ANCHOR = [0.0, 0, 10, 10]
@@ -141,3 +142,32 @@ def test_bfloat16_outputs_are_summed_in_float32():
     case["logits"], case["deltas"] = case["logits"].float(), case["deltas"].float()
     assert (losses.objectness.dtype, losses.box.dtype) == (torch.float32, torch.float32)
     assert_close(losses, rpn_losses(**case, **options), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_numbers(kind):
+    """On tensors that have shapes alone: what waited for a GPU would ask for a number and fail."""
+    with torch.device("meta"):
+        anchors, gt = torch.empty(300, 4), torch.empty(2, 5, 4)
+        flags, sizes = torch.empty(2, 5, dtype=torch.bool), torch.empty(2, 2, dtype=torch.int64)
+        rule = {"fg_iou": 0.7, "bg_iou": 0.3, "force_best": True, "forced_min_iou": 0.1}
+        assignment = assign(
+            anchors, gt, flags, flags, sizes, **rule, ignore_ioa=0.5, border="ignore"
+        )
+        keys = random_keys(torch.empty(2, dtype=torch.int64), 300)
+        picks = sample(assignment.labels, keys, num_samples=256, fg_fraction=0.5)
+        assert normalize_images(torch.empty(2, 3, 8, 9), sizes).shape == (2, 3, 8, 9)
+        outputs = [torch.empty(2, 256, *tail, requires_grad=True) for tail in ((), (4,))]
+        losses = rpn_losses(
+            *outputs,
+            picks,
+            anchors,
+            gt,
+            assignment.matches,
+            box_kind=kind,
+            beta=1 / 9,
+            box_weight=1.0,
+            normalizer=512,
+        )
+        (losses.objectness + losses.box).backward()
+    assert outputs[1].grad.shape == (2, 256, 4)

@@ -1,4 +1,4 @@
-"""Against torchvision's RegionProposalNetwork: the same numbers, but for what differs on purpose."""
+"""Against torchvision's RegionProposalNetwork: the same numbers, except for deliberate choices."""
 
 from functools import partial
 from typing import NamedTuple
@@ -250,7 +250,7 @@ def test_proposals(pair, images):
         assert boxes.amax(0)[2:].tolist() == [width, height]  # cut at the image, not the canvas
 
 
-# What differs on purpose: torchvision's side is pinned too, so that it is known when it changes.
+# The deliberate differences. torchvision's side is pinned too: a change there shows.
 
 
 def test_strides_are_given_and_not_inferred():

@@ -18,9 +18,8 @@ def rates(total, decay, *, warmup=0.0, milestones=(2 / 3, 11 / 12)):
 def test_multistep_by_hand():
     """Twelve steps, as twelve epochs: eight at the peak, three at a tenth, the last at .01."""
     assert rates(12, "multistep") == pytest.approx([2.0] * 8 + [0.2] * 3 + [0.02])
-    detectron = rates(90_000, "multistep", milestones=(2 / 3, 8 / 9))
-    assert detectron[59_999:60_001] == pytest.approx([2.0, 0.2])
-    assert detectron[79_999:80_001] == pytest.approx([0.2, 0.02])
+    detectron = rates(90, "multistep", milestones=(2 / 3, 8 / 9))
+    assert detectron == pytest.approx([2.0] * 60 + [0.2] * 20 + [0.02] * 10)
 
 
 def test_cosine_by_hand():

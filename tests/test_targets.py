@@ -66,14 +66,17 @@ def test_a_forced_positive_keeps_the_object_it_overlaps_most():
 
 
 def test_border_anchors_can_be_left_out():
-    """Objects of 6 x 10 px: IoU 60 / 100 with the anchor that crosses, 50 / 110 with the other."""
-    anchors = [[23, 0, 33, 10], [19, 0, 29, 10], [0, 10, 10, 20], [-1, 0, 9, 10], [0, -1, 10, 9]]
-    anchors += [[0, 11, 10, 21]]
+    """The object has IoU 60 / 100 with the first anchor, which crosses, and 50 / 110 with the next.
+
+    Two more touch the border without crossing it, and three cross it elsewhere.
+    """
+    anchors = [[23, 0, 33, 10], [19, 0, 29, 10], [20, 10, 30, 20], [0, 0, 10, 10]]
+    anchors += [[-1, 0, 9, 10], [0, -1, 10, 9], [0, 11, 10, 21]]
     options = {"size": (20, 30), "fg_iou": 0.9}
-    assert label(anchors, [[24, 0, 30, 10]], **options)[0] == [1, -1, 0, 0, 0, 0]
-    expected = [-1, 1, 0, -1, -1, -1]  # the third touches the border without crossing it
-    assert label(anchors, [[24, 0, 30, 10]], **options, border="ignore")[0] == expected
-    assert label(anchors, [[32, 0, 33, 10]], **options, border="ignore")[0] == [-1, 0, 0] + [-1] * 3
+    assert label(anchors, [[24, 0, 30, 10]], **options)[0] == [1, -1, 0, 0, 0, 0, 0]
+    options["border"] = "ignore"
+    assert label(anchors, [[24, 0, 30, 10]], **options)[0] == [-1, 1, 0, 0, -1, -1, -1]
+    assert label(anchors, [[32, 0, 33, 10]], **options)[0] == [-1, 0, 0, 0, -1, -1, -1]
 
 
 def test_crowds_are_measured_by_the_anchors_area():

@@ -50,9 +50,35 @@ def clip(boxes: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(corners.clamp(min=0), limits[..., None, :]).flatten(-2)
 
 
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU less the share of the hull that neither box fills: pairs [..., 4] -> [...] in (-1, 1].
+
+    Rezatofighi et al. 2019. torchvision's loss indexes by masks and so waits for the GPU. NaN where
+    both boxes are without extent.
+    """
+    inter = _area(
+        torch.maximum(boxes[..., :2], others[..., :2]),
+        torch.minimum(boxes[..., 2:], others[..., 2:]),
+    )
+    hull = _area(
+        torch.minimum(boxes[..., :2], others[..., :2]),
+        torch.maximum(boxes[..., 2:], others[..., 2:]),
+    )
+    areas = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:])
+    union = areas - inter
+    return inter / union - (hull - union) / hull
+
+
 def intersection_over_anchor(anchors: Tensor, regions: Tensor) -> Tensor:
     """Share of each anchor's area that lies in each region: [R, 4], [G, 4] -> [G, R]."""
-    upper_left = torch.maximum(regions[:, None, :2], anchors[None, :, :2])
-    lower_right = torch.minimum(regions[:, None, 2:], anchors[None, :, 2:])
-    inter = (lower_right - upper_left).clamp(min=0).prod(-1)  # [G, R]
-    return inter / (anchors[:, 2:] - anchors[:, :2]).prod(-1)
+    inter = _area(
+        torch.maximum(regions[:, None, :2], anchors[None, :, :2]),
+        torch.minimum(regions[:, None, 2:], anchors[None, :, 2:]),
+    )  # [G, R]
+    return inter / _area(anchors[:, :2], anchors[:, 2:])
+
+
+def _area(upper_left: Tensor, lower_right: Tensor) -> Tensor:
+    """Area between two corners [..., 2] -> [...]; 0 where they have changed places."""
+    width, height = (lower_right - upper_left).clamp(min=0).unbind(-1)
+    return width * height  # prod() would wait for the GPU in its backward pass

@@ -1,7 +1,6 @@
 """Checkpoints: saved whole or not at all, loaded without running anything they contain."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,8 @@ from torch import nn
 from rpn_train.errors import CheckpointError
 
 FORMAT = 1
-_KEYS = {"format", "step", "evaluated", "best_ar_100", "config", "model", "ema", "optimizer"}
+_KEYS = {"format", "config", "step", "evaluated", "best_ar_100", "history"}
+_KEYS |= {"model", "ema", "optimizer", "scaler"}
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -35,9 +35,11 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"expected a checkpoint, got nothing at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: expected a checkpoint, got: {reason}") from error
+    except Exception as error:  # a torn or foreign file can break the reader in any way
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of rpn-train, got a broken or another file "
+            f"({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
         raise CheckpointError(f"{path}: expected a checkpoint of rpn-train, got another file")
     if state["format"] != FORMAT:

@@ -7,10 +7,12 @@ Exit codes: 0 done, 1 a fault of the program (with a traceback), 2 a fault of th
 """
 
 import datetime
+import difflib
 import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +22,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -101,20 +103,21 @@ def _train(arguments: Sequence[str]) -> int:
         print(_USAGE + "\n" + _options())
         return 0
     flags = {"-m", "--multirun", "--config"} & {*arguments}
-    typed = [a for a in arguments if a not in flags]
+    typed = [_readable(a) for a in arguments if a not in flags]
     if flags & {"-m", "--multirun"}:
         return _sweep(typed)
-    cfg = _compose_run(typed)
+    cfg = compose_run(typed)
     if "--config" in flags:
         print(yaml.safe_dump(to_mapping(cfg), sort_keys=False), end="")
         return 0
+    _check_run(cfg)
     folder = Path(cfg.output_dir) if cfg.output_dir else default_folder(cfg.name)
     if not launched() and (processes := num_processes(cfg)) > 1:
-        return _launch([*typed, f"output_dir={folder}"], processes)
+        return _launch([*typed, f"output_dir={_quoted(str(folder))}"], processes)
     return _run(cfg, folder)
 
 
-def _compose_run(typed: Sequence[str]) -> TrainConfig:
+def compose_run(typed: Sequence[str]) -> TrainConfig:
     """The configuration of a run; with resume=auto that of its folder, under what was typed."""
     overrides = _parse(typed)
     cfg = from_mapping(TrainConfig, _compose(typed))
@@ -122,24 +125,50 @@ def _compose_run(typed: Sequence[str]) -> TrainConfig:
         return cfg
     if cfg.output_dir is None:
         raise ConfigError("resume=auto: expected output_dir=FOLDER of the run to go on with")
-    stored = Path(cfg.output_dir) / "config.yaml"
-    if not stored.is_file():
+    return _lay_over(_stored(Path(cfg.output_dir)), overrides, typed)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """The configuration that a run folder holds."""
+    path = folder / "config.yaml"
+    if not path.is_file():
         raise CheckpointError(
-            f"resume=auto: expected a run in {cfg.output_dir}, got no config.yaml"
+            f"resume=auto: expected a run in {folder}, got no config.yaml there; "
+            "leave resume out to start one"
         )
-    if any(o.key_or_group == "experiment" for o in overrides):
-        return cfg  # typed in full
-    return _lay_over(yaml.safe_load(stored.read_text()), overrides, typed)
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path}: expected the configuration of a run, got another file")
+    return stored
+
+
+def _check_run(cfg: TrainConfig) -> None:
+    """What only training asks of a configuration, and what it asks of the machine."""
+    _check_device(cfg)
+    if 100 not in cfg.eval.max_proposals:
+        raise ConfigError(
+            "eval.max_proposals: expected 100 among them (best.pt is that of the best AR@100), "
+            f"got {', '.join(map(str, cfg.eval.max_proposals))}"
+        )
+    processes = num_processes(cfg)
+    if cfg.schedule.batch_size % (processes * cfg.schedule.accumulate):
+        raise ConfigError(
+            f"schedule.batch_size: expected a multiple of {processes} processes x "
+            f"schedule.accumulate = {cfg.schedule.accumulate}, got {cfg.schedule.batch_size}"
+        )
+
+
+def _check_device(cfg: TrainConfig) -> None:
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected a GPU for 'cuda', found none; device=cpu needs none")
 
 
 def _run(cfg: TrainConfig, folder: Path) -> int:
     """One run in this process."""
     with start(cfg.device) as ranks:
-        if cfg.schedule.batch_size % (ranks.world * cfg.schedule.accumulate):
-            raise ConfigError(
-                f"schedule.batch_size: expected a multiple of {ranks.world} processes x "
-                f"schedule.accumulate = {cfg.schedule.accumulate}, got {cfg.schedule.batch_size}"
-            )
         if ranks.is_main:
             _open_folder(cfg, folder)
             print(f"run       {folder}", flush=True)
@@ -150,41 +179,64 @@ def _run(cfg: TrainConfig, folder: Path) -> int:
 
 
 def _open_folder(cfg: TrainConfig, folder: Path) -> None:
-    """Make the run folder and its config.yaml; refuse one that holds another run."""
-    if (folder / "config.yaml").exists() and cfg.resume is None:
+    """Make the run folder and its config.yaml; refuse one that holds another run.
+
+    A run that a fault of the input ended before its first figure does not count.
+    """
+    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if begun and cfg.resume is None:
         raise ConfigError(
             f"output_dir: {folder} holds a run already; give resume=auto to go on with it, or "
             "another folder"
         )
+    _make_folder(folder)
+    write_text(folder / "config.yaml", yaml.safe_dump(to_mapping(cfg), sort_keys=False))
+
+
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", yaml.safe_dump(to_mapping(cfg), sort_keys=False))
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(f"output_dir: cannot write to {folder}: {error.strerror}") from error
+        raise ConfigError(
+            f"output_dir: expected a folder to write to, got {folder}: {error.strerror}"
+        ) from error
 
 
 def _sweep(typed: Sequence[str]) -> int:
     """One run after the other for every combination of comma-separated values."""
-    choices = []
-    for text, override in zip(typed, _parse(typed), strict=True):
-        if override.is_sweep_override():
-            values = cast(Any, override).sweep_string_iterator()
-            choices.append([f"{override.get_key_element()}={value}" for value in values])
+    choices, parent = [], default_folder("sweep")
+    for text, override in zip(typed, _parse(typed, sweep=True), strict=True):
+        if override.key_or_group == "output_dir":
+            parent = Path(str(override.value()))
+        elif override.is_sweep_override():
+            choices.append(_values(text, override))
         else:
             choices.append([text])
-    combinations = [list(c) for c in itertools.product(*choices)]
-    configs = [_compose_run(combination) for combination in combinations]  # all faults come first
-    parent = Path(configs[0].output_dir) if configs[0].output_dir else default_folder("sweep")
     varied = [i for i, choice in enumerate(choices) if len(choice) > 1]
-    for number, combination in enumerate(combinations):
-        label = ",".join(combination[i] for i in varied).replace("/", "-")
-        folder = parent / f"{number}_{label}"
-        print(f"\nrun {number + 1} of {len(combinations)}: {label}", flush=True)
-        code = _train([*combination, f"output_dir={folder}"])
+    runs = []
+    for number, combination in enumerate(itertools.product(*choices)):
+        label = ",".join(combination[i] for i in varied)
+        folder = parent / f"{number}_{label.replace('/', '-')}"
+        runs.append((label, [*combination, f"output_dir={_quoted(str(folder))}"]))
+    for _, run in runs:  # all faults come first
+        _check_run(compose_run(run))
+    for number, (label, run) in enumerate(runs, start=1):
+        print(f"\nrun {number} of {len(runs)}: {label}", flush=True)
+        code = _train(run)
         if code:
             return code
     print(f"compare them: tensorboard --logdir {parent}")
     return 0
+
+
+def _values(text: str, override: Override) -> list[str]:
+    """KEY=VALUE for each value of KEY=VALUE,VALUE,..."""
+    try:
+        values = list(cast(Any, override).sweep_string_iterator())
+    except HydraException as error:  # glob(*)
+        raise ConfigError(f"expected KEY=VALUE,VALUE,..., got {text!r}") from error
+    return [f"{override.key_or_group}={value}" for value in values]
 
 
 def _launch(typed: Sequence[str], processes: int) -> int:
@@ -197,10 +249,13 @@ def _launch(typed: Sequence[str], processes: int) -> int:
 
 
 def num_processes(cfg: TrainConfig) -> int:
-    """How many processes a run is to have: one per GPU of the box unless `devices` says else."""
-    if cfg.devices is not None:
-        return cfg.devices
-    return 1 if cfg.device == "cpu" else max(1, torch.cuda.device_count())
+    """How many processes a run has: as launched, else `devices`, else one per GPU of the box."""
+    if launched():
+        return int(os.environ["WORLD_SIZE"])
+    gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()
+    if gpus and cfg.devices is not None and cfg.devices > gpus:
+        raise ConfigError(f"devices: expected at most {gpus}, the GPUs here, got {cfg.devices}")
+    return cfg.devices or max(1, gpus)
 
 
 def default_folder(name: str) -> Path:
@@ -209,38 +264,93 @@ def default_folder(name: str) -> Path:
 
 
 def _eval(arguments: Sequence[str]) -> int:
-    if not arguments or {"-h", "--help"} & {*arguments}:
-        print(_EVAL_USAGE)
-        return 0 if arguments else 2
+    if {"-h", "--help"} & {*arguments}:
+        print(_EVAL_USAGE, end="")
+        return 0
     given = [a for a in arguments if a.startswith("checkpoint=")]
     if len(given) != 1:
-        raise ConfigError("rpn-eval: expected checkpoint=RUN_FOLDER_OR_FILE once")
-    path = checkpoint.find(Path(given[0].removeprefix("checkpoint=")))
-    typed = [a for a in arguments if a not in given]
+        raise ConfigError(
+            f"expected checkpoint=RUN_FOLDER_OR_FILE once, got it {len(given)} times; "
+            "rpn-eval --help says more"
+        )
+    path = checkpoint.find(Path(given[0].removeprefix("checkpoint=")).expanduser())
+    typed = [_readable(a) for a in arguments if a not in given]
     overrides = _parse(typed)
     saved = checkpoint.load(path)
     cfg = _lay_over({**saved["config"], "output_dir": None}, overrides, typed)
     run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
     folder = Path(cfg.output_dir) if cfg.output_dir else run / "eval"
+    _check_device(cfg)
+    _make_folder(folder)
     with start(cfg.device) as ranks:
         evaluate_checkpoint(cfg, saved, path, folder, ranks)
     return 0
 
 
-def _parse(typed: Sequence[str]) -> list[Override]:
-    """The typed overrides; unknown keys are refused here, with the nearest known one."""
+def _readable(argument: str) -> str:
+    """A path with ~ expanded, in quotes where Hydra's grammar asks for them: a=b, (1), ü."""
+    key, _, value = argument.partition("=")
+    texts = {name for name, hint, *_ in walk(TrainConfig) if hint in (str, str | None)}
+    if key not in texts:
+        return argument
+    value = os.path.expanduser(value)
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        value = _quoted(value)
+    return f"{key}={value}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _parse(typed: Sequence[str], *, sweep: bool = False) -> list[Override]:
+    """The typed overrides; what is no KEY=VALUE of a known key or group is refused here."""
     known = {name for name, *_ in walk(TrainConfig)}
     sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(typed))
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"expected KEY=VALUE or GROUP=CHOICE, got {reason}") from error
-    for override in overrides:
-        key = override.key_or_group
-        if key not in known | sections | {"experiment"}:
-            raise ConfigError(unknown_key(key))
+    overrides = []
+    for text in typed:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            override = None
+        # all keys exist, so there is nothing to add (+KEY), to delete (~KEY) or to move (@)
+        if not override or override.type is not OverrideType.CHANGE or override.package:
+            raise ConfigError(
+                f"expected KEY=VALUE or GROUP=CHOICE, got {text!r}; rpn-train --help lists them"
+            )
+        if override.key_or_group not in known | sections | {"experiment"}:
+            raise ConfigError(unknown_key(override.key_or_group))
+        if not override.is_sweep_override():
+            _check_choice(override.key_or_group, override.value())
+        elif not sweep or override.key_or_group == "output_dir":
+            raise ConfigError(
+                f"{override.key_or_group}: expected one value, got several: {text!r}; "
+                "rpn-train -m makes a run of each, quotes within quotes make one value of them"
+            )
+        overrides.append(override)
     return overrides
+
+
+def _check_choice(key: str, choice: Any) -> None:
+    """Refuse what is no choice of a group."""
+    if key not in (groups := _groups()) or choice in groups[key]:
+        return
+    offered = groups[key]
+    if key == "backbone":
+        if str(choice).startswith("timm:"):
+            return
+        offered = [*offered, "timm:<name>"]
+    close = difflib.get_close_matches(str(choice), offered, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ConfigError(f"{key}: expected {' | '.join(map(repr, offered))}, got {choice!r}{hint}")
+
+
+def _groups() -> dict[str, list[str]]:
+    """The groups and their choices: the folders of configs/ and the files in them."""
+    folders = sorted(path for path in CONFIGS.iterdir() if path.is_dir())
+    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folders}
 
 
 def _compose(typed: Sequence[str]) -> dict[str, Any]:
@@ -257,12 +367,6 @@ def _compose(typed: Sequence[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
             composed = compose("train", overrides=[*typed])
         return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-    except MissingConfigException as error:
-        group, _, choice = (error.missing_cfg_file or "").partition("/")
-        offered = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-        raise ConfigError(
-            f"{group}: expected {' | '.join(map(repr, offered))}, got {choice!r}"
-        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
 
@@ -272,9 +376,12 @@ def _lay_over(
 ) -> TrainConfig:
     """A stored configuration with exactly the typed keys and groups replaced.
 
-    A typed group (dataset=voc) replaces its whole section, a typed key only itself.
+    A typed group (dataset=voc) replaces its whole section, a typed key only itself; an experiment
+    replaces everything.
     """
     composed = _compose(typed)
+    if any(o.key_or_group == "experiment" for o in overrides):
+        return from_mapping(TrainConfig, composed)
     for override in sorted(overrides, key=lambda o: o.key_or_group.count(".")):
         *path, last = override.key_or_group.split(".")
         target, source = base, composed
@@ -287,9 +394,8 @@ def _lay_over(
 def _options() -> str:
     """All groups and keys with their choices, defaults and meaning, as a page."""
     lines = ["Groups (files in configs/):"]
-    for folder in sorted(p for p in CONFIGS.iterdir() if p.is_dir()):
-        choices = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        lines.append(f"  {folder.name}={choices}")
+    for group, choices in _groups().items():
+        lines.append(f"  {group}={', '.join(choices)}")
     lines.append("\nKeys (KEY=VALUE; lists as '[1,2]', no value as null):")
     section = ""
     for key, hint, default, metadata in walk(TrainConfig):

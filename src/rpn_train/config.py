@@ -7,6 +7,7 @@ the frozen dataclasses below, strictly: an unknown key, a wrong type or a value 
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -189,7 +190,9 @@ class TrainConfig:
     name: str = option("rpn", "part of the default folder name")
     output_dir: str | None = option(None, "run folder; null: runs/<date>_<time>_<name>")
     resume: Literal["auto"] | None = option(None, "auto: go on with the run in output_dir")
-    seed: int = option(0, "weights, order, augmentation and sampling follow from it", low=0)
+    seed: int = option(
+        0, "weights, order, augmentation and sampling follow from it", low=0, high=2**32 - 1
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where there is one")
     devices: int | None = option(None, "processes, one per GPU; null: all GPUs of the box", low=1)
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the network (autocast)")
@@ -310,7 +313,7 @@ def describe_type(hint: Any) -> str:
         return " | ".join(describe_type(a) for a in args)
     if origin is tuple:
         if args[-1] is Ellipsis:
-            return f"list of {describe_type(args[0])}"
+            return f"non-empty list of {describe_type(args[0])}"
         return f"{len(args)} x {describe_type(args[0])}"
     names = {int: "integer", float: "number", str: "text", bool: "true | false"}
     return "null" if hint is types.NoneType else names[hint]
@@ -339,12 +342,10 @@ def _try_convert(hint: Any, value: Any) -> tuple[Any, bool]:
             return None, False
         parts = [_try_convert(k, v) for k, v in zip(kinds, value, strict=True)]
         return tuple(v for v, _ in parts), all(fits for _, fits in parts)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value), True
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # text too: YAML 1.1 reads 1e-3 as text
             return float(value), True
-        except ValueError:
+        except (ValueError, OverflowError):
             return None, False
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value), True  # a folder or a split named 2007
@@ -357,12 +358,12 @@ def _check_range(key: str, limits: Mapping[str, Any], value: Any) -> None:
             _check_range(key, limits, v)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         low, high, above = limits["low"], limits["high"], limits["above"]
-        # written so that NaN is out of any range
+        if not abs(value) < math.inf:
+            raise ConfigError(f"{key}: expected a finite number, got {value!r}")
         inside = (
             (low is None or value >= low)
             and (high is None or value <= high)
             and (above is None or value > above)
-            and value == value
         )
         if not inside:
             raise ConfigError(f"{key}: expected {describe_range(limits)}, got {value!r}")
@@ -371,7 +372,7 @@ def _check_range(key: str, limits: Mapping[str, Any], value: Any) -> None:
 def describe_range(limits: Mapping[str, Any]) -> str:
     """'at least 0, at most 1'; empty where there is no limit."""
     words = {"above": "more than", "low": "at least", "high": "at most"}
-    return ", ".join(f"{words[k]} {limits[k]:g}" for k in words if limits[k] is not None)
+    return ", ".join(f"{words[k]} {limits[k]:.12g}" for k in words if limits[k] is not None)
 
 
 def _tuples_to_lists(value: Any) -> Any:

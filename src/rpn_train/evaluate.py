@@ -60,12 +60,19 @@ def propose_split(
     loader = load(batches, range(len(batches)), workers=cfg.workers, pin=device.type == "cuda")
     for batch in loader:
         found = propose_batch(model, batch.to(device), cfg)
-        for row, size, (boxes, logits) in zip(
-            batch.rows.tolist(), batch.sizes.tolist(), found, strict=True
-        ):
-            stored_height, stored_width = batches.index.sizes[row].tolist()
-            factor = torch.tensor([stored_width / size[1], stored_height / size[0]] * 2)
-            yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy())
+        yield from in_stored_pixels(batch, found, batches.index)
+
+
+def in_stored_pixels(
+    batch: Batch, found: list[Proposals], index: Index
+) -> Iterator[ImageProposals]:
+    """Proposals of the images of a batch, mapped back to the images as stored."""
+    for row, size, (boxes, logits) in zip(
+        batch.rows.tolist(), batch.sizes.tolist(), found, strict=True
+    ):
+        stored_height, stored_width = index.sizes[row].tolist()
+        factor = torch.tensor([stored_width / size[1], stored_height / size[0]] * 2)
+        yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy())
 
 
 def score(found: list[ImageProposals], index: Index, max_proposals: tuple[int, ...]) -> Recall:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou_loss
 
-from rpn_train.boxes import decode, encode
+from rpn_train.boxes import decode, encode, generalized_iou
 from rpn_train.targets import Picks
 
 
@@ -47,7 +46,7 @@ def box_loss(
     # a slot without object aims at its own anchor: finite values, whose loss is masked below
     target_boxes = torch.where(positive[..., None], gt_boxes, anchors)
     if kind == "giou":
-        each = generalized_box_iou_loss(decode(deltas, anchors), target_boxes)
+        each = 1 - generalized_iou(decode(deltas, anchors), target_boxes)
     else:
         targets = encode(target_boxes, anchors)
         beta = beta if kind == "smooth_l1" else 0.0

@@ -158,7 +158,7 @@ def log_pictures(
             scores=torch.from_numpy(found[row].logits[:_DRAWN_PROPOSALS]).sigmoid(),
             found=torch.from_numpy((rank >= 0) & (rank < _DRAWN_PROPOSALS)),
         )
-        log.image(f"val/{index.file_name(row)}", step, picture)
+        log.image(f"proposals/{index.file_name(row)}", step, picture)
 
 
 def finish_run(

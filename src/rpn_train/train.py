@@ -66,6 +66,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
                 drain(state, cfg, planner, index, lr, ranks)  # waits for the device
             if due(step, cfg.log_every, total):
                 log_step(log, state, lr, total, cfg.schedule.batch_size, clock, ranks.device)
+                clock = Clock()
             if saves:
                 save(state, cfg, folder, ranks)
             if evaluates:
