@@ -49,10 +49,11 @@ Step = Callable[[Batch, float], Tensor]  # batch, learning rate -> objectness an
 
 SIDES = ("ours", "torchvision")
 # Options that keep their defaults here: torchvision's network or this comparison has no other.
-FIXED = {"resume", "precision", "compile", "schedule.accumulate", "schedule.ema", "eval.split"} | {
+FIXED = (
+    *("resume", "precision", "compile", "schedule.accumulate", "schedule.ema", "eval.split"),
     *("anchors.rounded", "method.channels", "method.border", "method.force_best"),
     *("method.forced_min_iou", "method.box_loss", "method.smooth_l1_beta", "method.box_weight"),
-}
+)
 
 
 class TorchvisionRPN(nn.Module):
@@ -139,7 +140,11 @@ def timed(step: Step, batch: Batch, lr: float) -> list[float]:
 def train_both(
     steps: Sequence[Step], loader: Iterator[Batch], cfg: TrainConfig, total: int
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Mean losses every `log_every` steps, printed as they come, and all numbers: [total, 2, 3]."""
+    """Train both on each batch, in alternating order; prints mean losses every `log_every` steps.
+
+    Returns:
+        The printed rows, and what `timed` measured: float64 [total, 2, 3], steps x SIDES x numbers.
+    """
     print(f"\nseed {cfg.seed}: {total} steps of {cfg.schedule.batch_size} images; mean losses")
     print("  step |" + "".join(f"{side:>12} objectness     box |" for side in SIDES), flush=True)
     measured, rows, since = np.zeros((total, 2, 3)), [], 0
@@ -207,21 +212,26 @@ def compare(cfg: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     return {"seed": cfg.seed, "losses": rows, "figures": figures}
 
 
-def print_figures(result: dict[str, Any]) -> None:
-    ours, theirs = (result["figures"][side] for side in SIDES)
-    print(f"{'':18}{'ours':>9}{'torchvision':>13}{'difference':>12}{'theirs/ours':>13}")
-    for key, a in ours.items():
-        b = theirs[key]
-        ratio = b / a if a else float("nan")
-        print(f"{key:18}{a:9.4f}{b:13.4f}{a - b:+12.4f}{ratio:13.3f}")
-
-
 def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Ours less torchvision's over the seeds, and how many times as long a step of theirs takes."""
-    pairs = [[result["figures"][side] for side in SIDES] for result in results]
-    values = {key: [ours[key] - theirs[key] for ours, theirs in pairs] for key in pairs[0][0]}
-    values["step_ratio"] = [b["median_step_s"] / a["median_step_s"] for a, b in pairs]
-    return {k: {"mean": sum(v) / len(v), "min": min(v), "max": max(v)} for k, v in values.items()}
+    """Means of the seeds' figures and, of ours less torchvision's, mean and range."""
+    summary = {}
+    for key in results[0]["figures"]["ours"]:
+        values = np.array([[r["figures"][side][key] for side in SIDES] for r in results])
+        gaps = values[:, 0] - values[:, 1]
+        numbers = (*values.mean(axis=0), gaps.mean(), gaps.min(), gaps.max())
+        names = (*SIDES, "difference", "lowest", "highest")
+        summary[key] = dict(zip(names, map(float, numbers), strict=True))
+    return summary
+
+
+def print_summary(title: str, summary: dict[str, dict[str, float]]) -> None:
+    print(f"\n{title:18}{'ours':>9}{'torchvision':>13}{'difference':>12} (lowest .. highest)")
+    for key, figure in summary.items():
+        ours, theirs, mean, low, high = figure.values()
+        print(f"{key:18}{ours:9.4f}{theirs:13.4f}{mean:+12.4f} ({low:+.4f} .. {high:+.4f})")
+    seconds = summary["median_step_s"]
+    ratio = seconds["torchvision"] / seconds["ours"]
+    print(f"a step of torchvision's takes {ratio:.2f} times as long as one of ours", flush=True)
 
 
 def compose(overrides: Sequence[str]) -> TrainConfig:
@@ -243,14 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     seeds = [[f"seed={seed}"] for seed in args.seeds or ()] or [[]]
     try:
-        if args.json and not args.json.parent.is_dir():
+        if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
             raise ConfigError(f"--json: expected a file in a folder that exists, got {args.json}")
         configs = [compose([*args.overrides, *seed]) for seed in seeds]
         with start(configs[0].device) as ranks:
             results = []
             for cfg in configs:
                 results.append(compare(cfg, ranks))
-                print_figures(results[-1])
+                print_summary(f"seed {cfg.seed}", summarize(results[-1:]))
             about = {"config": to_mapping(configs[0]), "environment": environment(ranks)}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -259,11 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     summary = summarize(results)
-    print(f"\nours - torchvision over {len(results)} seed(s): mean (min .. max)")
-    for key, value in summary.items():
-        print(f"{key:18}{value['mean']:+9.4f} ({value['min']:+.4f} .. {value['max']:+.4f})")
+    if len(results) > 1:
+        print_summary(f"mean of {len(results)} seeds", summary)
     if args.json:
-        write_json(args.json, {**about, "results": results, "differences": summary})
+        write_json(args.json, {**about, "results": results, "summary": summary})
     return 0
 
 

@@ -38,13 +38,13 @@ def test_decode_limits_growth_only():
 
 
 def test_decode_of_half_precision_is_float32():
-    """A centre of 701 px has no bfloat16: one that computes in it is off by a pixel or more."""
-    anchor = torch.tensor([696.0, 696, 706, 706])
-    deltas = torch.tensor([0.25, -0.5, 0, 0])  # exact in bfloat16
+    """exp(.5) and a centre of 701 px have no bfloat16: who computes in it is pixels off."""
+    anchor = torch.tensor([501.0, 696, 901, 706])
+    deltas = torch.tensor([0.25, -0.5, 0.5, 0])  # exact in bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
         box = decode(deltas.bfloat16(), anchor)
-    assert box.dtype == torch.float32
-    assert box.tolist() == [698.5, 691, 708.5, 701]
+    half = 200 * math.exp(0.5)
+    assert_close(box, torch.tensor([801 - half, 691, 801 + half, 701]))
 
 
 def test_clip():

@@ -1,19 +1,22 @@
 """Options: the way there and back, one exact line for every fault, presets that only differ."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpn_train import backbones, config
-from rpn_train.backbones import BACKBONES
+from rpn_train import cli
+from rpn_train.backbones import BACKBONES, Norm, build_backbone
+from rpn_train.build import open_split
 from rpn_train.config import (
-    EvalConfig,
+    BackboneConfig,
+    DatasetConfig,
     TrainConfig,
     describe_range,
     describe_type,
@@ -23,10 +26,15 @@ from rpn_train.config import (
     unknown_key,
     walk,
 )
-from rpn_train.errors import ConfigError
+from rpn_train.errors import ConfigError, UserError
+from rpn_train.losses import box_loss
+from rpn_train.model import autocast
+from rpn_train.schedule import build_optimizer, lr_at
+from rpn_train.targets import assign
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-GROUPS = ("anchors", "backbone", "dataset", "experiment", "method", "schedule")
+PRESETS = sorted(CONFIGS.glob("*/*.yaml"))
+OPTIONS = list(walk(TrainConfig))
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -35,12 +43,19 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return {head: nested(rest, value) if rest else value}
 
 
+def get(cfg: TrainConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
 def read(key: str, value: Any) -> Any:
     """What the option `key` is when `value` is given."""
-    found: Any = from_mapping(TrainConfig, nested(key, value))
-    for part in key.split("."):
-        found = getattr(found, part)
-    return found
+    return get(from_mapping(TrainConfig, nested(key, value)), key)
+
+
+def fault(values: Mapping[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(TrainConfig, values)
+    return str(caught.value)
 
 
 # The way there and back
@@ -48,6 +63,13 @@ def read(key: str, value: Any) -> Any:
 
 def test_nothing_given_is_all_defaults() -> None:
     assert from_mapping(TrainConfig, {}) == TrainConfig()
+
+
+def test_every_option_has_a_meaning_and_a_default_that_it_accepts() -> None:
+    for key, hint, default, metadata in OPTIONS:
+        assert metadata["help"], key
+        assert read(key, default) == default, key
+        assert describe_type(hint), key
 
 
 def test_round_trip_through_yaml() -> None:
@@ -61,27 +83,28 @@ def test_round_trip_through_yaml() -> None:
     }
     cfg = from_mapping(TrainConfig, values)
     plain = to_mapping(cfg)
-    assert plain["anchors"]["sizes"] == [[8.0, 12.5], [16.0, 24.0]]  # lists, no tuple left
+    assert plain["anchors"]["sizes"] == [[8.0, 12.5], [16.0, 24.0]]  # no tuple is left
     assert from_mapping(TrainConfig, plain) == cfg
     assert from_mapping(TrainConfig, yaml.safe_load(yaml.safe_dump(plain))) == cfg
 
 
-def options_of(hint: Any, limits: Mapping[str, Any]) -> st.SearchStrategy[Any]:
-    """Plain values that an option of this type may have."""
+def values_of(hint: Any, limits: Mapping[str, Any]) -> st.SearchStrategy[Any]:
+    """Plain values of a type and range."""
     origin, args = get_origin(hint), get_args(hint)
-    low = limits["low"] if limits["above"] is None else limits["above"]
     if origin is Literal:
         return st.sampled_from(args)
     if origin is tuple:
-        of = options_of(args[0], limits)
-        return st.lists(of, min_size=1, max_size=3) if args[-1] is ... else st.tuples(of, of)
+        size = (1, 3) if args[-1] is ... else (len(args), len(args))
+        return st.lists(values_of(args[0], limits), min_size=size[0], max_size=size[1])
     if args:
-        return st.one_of([options_of(a, limits) for a in args])
+        return st.one_of([values_of(a, limits) for a in args])
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    open_below = {"min_value": above if low is None else low, "exclude_min": low is None}
     return {
-        int: st.integers(low, limits["high"]),
-        float: st.floats(
-            low, limits["high"], allow_infinity=False, exclude_min=limits["above"] is not None
-        ),
+        int: st.integers(low, high),
+        float: st.floats(**open_below, max_value=high, allow_infinity=False, allow_nan=False)
+        if low is not None or above is not None
+        else st.nothing(),
         str: st.text(),
         bool: st.booleans(),
         type(None): st.none(),
@@ -89,9 +112,258 @@ def options_of(hint: Any, limits: Mapping[str, Any]) -> st.SearchStrategy[Any]:
 
 
 @given(st.data())
-def test_whatever_is_accepted_comes_back(data: st.DataObject) -> None:
-    key, hint, _, limits = data.draw(st.sampled_from([*walk(EvalConfig), *walk(TrainConfig)[:0]]
-        if False else list(walk(EvalConfig))))
-    value = data.draw(options_of(hint, limits))
-    cfg = from_mapping(EvalConfig, {key: value})
-    assert from_mapping(EvalConfig, to_mapping(cfg)) == cfg
+def test_what_is_in_range_comes_back(data: st.DataObject) -> None:
+    key, hint, _, limits = data.draw(st.sampled_from(OPTIONS))
+    value = data.draw(values_of(hint, limits))
+    message = ""
+    try:
+        cfg = from_mapping(TrainConfig, nested(key, value))
+        assert from_mapping(TrainConfig, to_mapping(cfg)) == cfg
+    except ConfigError as error:
+        message = str(error)
+    # at odds with another option perhaps, never with its own type or range
+    assert not message or " = " in message or "(lowest, highest)" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "expected"),
+    [
+        ("schedule.lr", "1e-3", 0.001),  # text, for YAML 1.1
+        ("schedule.lr", 1, 1.0),
+        ("schedule.clip_norm", None, None),
+        ("schedule.clip_norm", 35, 35.0),
+        ("dataset.train.split", 2017, "2017"),
+        ("dataset.categories", ["person", 3], ("person", "3")),
+        ("anchors.sizes", [[32, "6.4e1"]], ((32.0, 64.0),)),
+        ("anchors.strides", None, None),
+        ("augment.scale", (0.8, 1), (0.8, 1.0)),
+        ("eval.max_proposals", [1000], (1000,)),
+    ],
+)
+def test_conversion(key: str, given: Any, expected: Any) -> None:
+    found = read(key, given)
+    assert found == expected
+    assert str(found) == str(expected)  # 1.0 and not 1
+
+
+# Faults
+
+FAULTS = {
+    # unknown keys
+    "schedule.lrr: unknown key; did you mean 'schedule.lr'?": {"schedule": {"lrr": 1}},
+    "lr: unknown key; did you mean 'schedule.lr'?": {"lr": 1},
+    "dataset.trian: unknown key; did you mean 'dataset.train'?": {"dataset": {"trian": {}}},
+    "zzz: unknown key; rpn-train --help lists the keys": {"zzz": 1},
+    # types
+    "seed: expected integer, got '7'": {"seed": "7"},
+    "seed: expected integer, got 7.0": {"seed": 7.0},
+    "seed: expected integer, got True": {"seed": True},
+    "seed: expected integer, got None": {"seed": None},
+    "schedule.lr: expected number, got 'fast'": {"schedule": {"lr": "fast"}},
+    "schedule.lr: expected number, got False": {"schedule": {"lr": False}},
+    "schedule.lr: expected number, got [0.1]": {"schedule": {"lr": [0.1]}},
+    "compile: expected true | false, got 1": {"compile": 1},
+    "compile: expected true | false, got 'yes'": {"compile": "yes"},
+    "name: expected text, got 1.5": {"name": 1.5},
+    "name: expected text, got None": {"name": None},
+    "output_dir: expected text | null, got True": {"output_dir": True},
+    "precision: expected 'fp32' | 'bf16' | 'fp16', got 'fp8'": {"precision": "fp8"},
+    "resume: expected 'auto' | null, got True": {"resume": True},
+    "image: expected a group of keys, got 800": {"image": 800},
+    "dataset.train: expected a group of keys, got None": {"dataset": {"train": None}},
+    "dataset.categories: expected non-empty list of text | null, got 'person'": {
+        "dataset": {"categories": "person"}
+    },
+    "anchors.sizes: expected non-empty list of non-empty list of number, got [32, 64]": {
+        "anchors": {"sizes": [32, 64]}
+    },
+    "anchors.sizes: expected non-empty list of non-empty list of number, got [[32], []]": {
+        "anchors": {"sizes": [[32], []]}
+    },
+    "anchors.ratios: expected non-empty list of number, got []": {"anchors": {"ratios": []}},
+    "augment.scale: expected 2 x number, got [1.0]": {"augment": {"scale": [1.0]}},
+    "dataset.shapes.size: expected 2 x integer, got [64, 64.5]": {
+        "dataset": {"shapes": {"size": [64, 64.5]}}
+    },
+    # ranges
+    "seed: expected at least 0, at most 4294967295, got -1": {"seed": -1},
+    "workers: expected at least 0, got -1": {"workers": -1},
+    "augment.flip: expected at least 0, at most 1, got 1.5": {"augment": {"flip": 1.5}},
+    "schedule.gamma: expected more than 0, at most 1, got 0.0": {"schedule": {"gamma": 0}},
+    "schedule.lr: expected a finite number, got nan": {"schedule": {"lr": float("nan")}},
+    "schedule.epochs: expected a finite number, got inf": {"schedule": {"epochs": "inf"}},
+    "schedule.clip_norm: expected more than 0, got -1.0": {"schedule": {"clip_norm": -1}},
+    "anchors.sizes: expected more than 0, got -64.0": {"anchors": {"sizes": [[32], [-64]]}},
+    "dataset.shapes.size: expected at least 32, got 31": {
+        "dataset": {"shapes": {"size": [64, 31]}}
+    },
+    # at odds with each other
+    "image.max_side: expected at least image.short_side = 800, got 799": {
+        "image": {"max_side": 799}
+    },
+    "method.bg_iou: expected at most method.fg_iou = 0.2, got 0.3": {"method": {"fg_iou": 0.2}},
+    "augment.scale: expected (lowest, highest), got (2.0, 1.0)": {"augment": {"scale": [2, 1]}},
+    "eval.max_proposals: expected at most proposals.test.post_nms = 1000, got 2000": {
+        "eval": {"max_proposals": [100, 2000]}
+    },
+    "eval.max_proposals: expected at most proposals.train.post_nms = 2000, got 2001": {
+        "eval": {"max_proposals": [2001], "split": "train"}
+    },
+    "schedule.batch_size: expected a multiple of schedule.accumulate = 2, got 7": {
+        "schedule": {"batch_size": 7, "accumulate": 2}
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "values"), FAULTS.items())
+def test_fault(message: str, values: dict[str, Any]) -> None:
+    assert fault(values) == message
+
+
+def test_at_the_limit_is_in_range() -> None:
+    assert read("method.bg_iou", 0.7) == 0.7
+    assert read("image.max_side", 800) == 800
+    assert read("augment.scale", [1.25, 1.25]) == (1.25, 1.25)
+    assert read("augment.flip", 1) == 1.0
+    assert read("eval.split", "train") == "train"
+
+
+def test_range_as_text() -> None:
+    assert describe_range({"low": 0, "high": None, "above": None}) == "at least 0"
+    assert describe_range({"low": None, "high": 0.5, "above": 0}) == "more than 0, at most 0.5"
+    assert describe_range({"low": None, "high": None, "above": None}) == ""
+
+
+def test_unknown_key_offers_groups_and_keys_of_other_groups() -> None:
+    assert unknown_key("datset") == "datset: unknown key; did you mean 'dataset'?"
+    assert unknown_key("model.flip") == "model.flip: unknown key; did you mean 'augment.flip'?"
+
+
+def test_differences() -> None:
+    old = {"a": 1, "b": {"c": [1], "d": 2}, "gone": 0}
+    new = {"a": 1, "b": {"c": [2], "d": 2}, "came": {"x": 1}}
+    assert differences(old, new) == {
+        "b.c": "[1] -> [2]",
+        "gone": "0 -> None",
+        "came": "None -> {'x': 1}",
+    }
+    assert differences(old, old) == {}
+
+
+# Presets
+
+
+def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The full keys of a nested mapping."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield path + key
+
+
+def preset(path: Path) -> dict[str, Any]:
+    """What a preset sets, as a part of the whole configuration."""
+    text = path.read_text()
+    values = yaml.safe_load(text)
+    values.pop("defaults", None)
+    return values if text.startswith("# @package _global_") else {path.parent.name: values}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_preset(path: Path) -> None:
+    values = preset(path)
+    cfg, default = from_mapping(TrainConfig, values), TrainConfig()
+    keys = {*flat(values)}
+    assert "schedule.steps" not in keys, "a length in steps would hide the one in epochs"
+    named = {"backbone.name", "dataset.format"}  # these say which preset it is
+    restated = sorted(key for key in keys - named if get(cfg, key) == get(default, key))
+    assert restated == [], "a preset holds only what differs from the defaults"
+
+
+def test_backbone_presets_are_the_backbones() -> None:
+    presets = {path.stem: preset(path) for path in PRESETS if path.parent.name == "backbone"}
+    assert presets.keys() == BACKBONES.keys()
+    for name, values in presets.items():
+        assert values == {"backbone": {"name": name}}
+    assert BackboneConfig().name in BACKBONES
+
+
+# Every choice of an option is something of its own to the code behind it
+
+
+def of_format(value: Any) -> str:
+    try:
+        return f"{len(open_split(DatasetConfig(format=value), 'val', 0)[0])} drawn"
+    except UserError as error:
+        return str(error)
+
+
+def of_norm(value: Any) -> type:
+    backbone = build_backbone("resnet18_c4", weights=None, frozen_stages=0, norm=value)
+    return type(backbone.body["bn1"])
+
+
+def of_border(value: Any) -> list[int]:
+    anchors = torch.tensor([[-1.0, 0, 9, 10]])
+    boxes, yes = anchors[None], torch.tensor([[True]])
+    assignment = assign(
+        anchors,
+        boxes,
+        yes,
+        ~yes,
+        torch.tensor([[20, 20]]),
+        fg_iou=0.7,
+        bg_iou=0.3,
+        force_best=True,
+        forced_min_iou=0.0,
+        ignore_ioa=0.5,
+        border=value,
+    )
+    return assignment.labels.tolist()
+
+
+def of_box_loss(value: Any) -> float:
+    anchor = torch.tensor([[[0.0, 0, 10, 10]]])
+    yes = torch.tensor([[True]])
+    return box_loss(torch.full((1, 1, 4), 0.5), anchor, anchor, yes, kind=value, beta=1.0).item()
+
+
+def of_device(value: Any) -> tuple[int, bool]:
+    cfg = TrainConfig(device=value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        processes = cli.num_processes(cfg)
+        try:
+            cli._check_device(cfg)
+        except ConfigError:
+            return processes, False
+        return processes, True
+
+
+CHOICES: dict[str, Callable[[Any], Any]] = {
+    "dataset.format": of_format,
+    "backbone.norm": of_norm,
+    "method.border": of_border,
+    "method.box_loss": of_box_loss,
+    "schedule.optimizer": lambda value: type(
+        build_optimizer(torch.nn.Linear(1, 1), name=value, momentum=0.5, weight_decay=0.0)
+    ),
+    "schedule.decay": lambda value: lr_at(
+        9, total=10, peak=1.0, warmup=0.0, decay=value, milestones=[0.5], gamma=0.1
+    ),
+    "eval.split": lambda value: len(open_split(DatasetConfig(), value, 0)[0]),
+    "device": of_device,
+    "precision": lambda value: str(vars(autocast(value, torch.device("cpu")))),
+}
+
+
+def test_every_choice_is_implemented_and_no_two_are_the_same() -> None:
+    literals = {key: get_args(hint) for key, hint, *_ in OPTIONS if get_origin(hint) is Literal}
+    assert literals.keys() == CHOICES.keys()
+    for key, values in literals.items():
+        outcomes = [CHOICES[key](value) for value in values]
+        for i, outcome in enumerate(outcomes):
+            assert outcome not in outcomes[:i], f"{key}: {values[i]!r} is like another"
+    assert {*literals["backbone.norm"]} == {*get_args(Norm)}

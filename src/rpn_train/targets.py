@@ -118,7 +118,7 @@ def assign(
 
 
 def random_keys(seeds: Tensor, num_anchors: int) -> Tensor:
-    """Distinct random int64 keys [B, R], a pure function of each image's seed.
+    """Distinct random keys int64 [B, R] in [0, 2^32), a pure function of each image's seed.
 
     A counter-based hash instead of a generator: the same on every device and for every split of
     the batch over processes, with no state that a resumed run would have to restore.
@@ -128,8 +128,8 @@ def random_keys(seeds: Tensor, num_anchors: int) -> Tensor:
     """
     index = torch.arange(num_anchors, device=seeds.device)
     low, high = seeds[:, None] & _MASK32, seeds[:, None] >> 32
-    mixed = _hash32(_hash32(_hash32(index) ^ low) ^ high)  # [B, R]
-    return (mixed << 31) | index  # the index makes them distinct, so that no tie needs breaking
+    # each operation permutes the 32-bit integers, so the keys of an image are as distinct as index
+    return _hash32(_hash32(_hash32(index) ^ low) ^ high)  # [B, R]
 
 
 def sample(labels: Tensor, keys: Tensor, *, num_samples: int, fg_fraction: float) -> Picks:

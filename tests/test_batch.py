@@ -1,0 +1,281 @@
+"""Padded batches: shares of processes make up the whole, workers change nothing, faults arrive."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load, load_item, make_batch
+from rpn_train.data.index import Index, build_index
+from rpn_train.data.sampler import Item, Planner, canvas_of
+from rpn_train.data.transforms import flip
+from rpn_train.errors import DataError
+
+SIZES = [(40, 61), (53, 37), (30, 30), (20, 59), (47, 31), (33, 44), (29, 64), (45, 45)]
+BOXES = [  # (row, x, y, width, height, ignore)
+    (0, 10, 5, 20, 30, False),
+    (0, -4, 2, 10, 10, False),  # reaches over the left edge
+    (0, 50, 30, 5, 5, True),
+    (1, 0, 0, 37, 53, False),
+    (3, 7, 3, 11, 13, False),
+    (5, 1, 1, 9, 9, False),
+    (5, 20, 20, 9, 9, False),
+]  # rows 2, 4, 6 and 7 have none
+
+
+def make_index() -> Index:
+    table = np.array(BOXES, np.float64)
+    return build_index(
+        source=Path("instances.json"),
+        root=Path("images"),
+        image_ids=np.arange(100, 108),
+        file_names=[f"{row}.jpg" for row in range(8)],
+        sizes=np.array(SIZES),
+        box_rows=table[:, 0].astype(np.int64),
+        box_ids=np.arange(7),
+        boxes_xywh=table[:, 1:5],
+        areas=np.full(7, np.nan),
+        ignore=table[:, 5].astype(bool),
+        keep_empty=True,
+    )
+
+
+INDEX = make_index()
+
+
+def read(row: int) -> Tensor:
+    """Noise without a zero, so that padding shows."""
+    generator = torch.Generator().manual_seed(row)
+    return torch.randint(1, 256, (3, *SIZES[row]), generator=generator).byte()
+
+
+def planner(**changes: Any) -> Planner:
+    settings: dict[str, Any] = {
+        "sizes": INDEX.sizes,
+        "seed": 3,
+        "batch_size": 4,
+        "short_side": 32,
+        "max_side": 48,
+        "divisor": 16,
+        "flip": 0.5,
+        "scale": (0.7, 1.3),
+        "photometric": 0.5,
+    }
+    return Planner(**{**settings, **changes})
+
+
+def train_batches(
+    read: Any = read, rank: int = 0, world: int = 1, accumulate: int = 1, **changes: Any
+) -> TrainBatches:
+    return TrainBatches(
+        INDEX, read, planner(**changes), rank=rank, world=world, accumulate=accumulate
+    )
+
+
+def eval_batches(read: Any = read, rank: int = 0, world: int = 1) -> EvalBatches:
+    return EvalBatches(
+        INDEX,
+        read,
+        batch_size=2,
+        short_side=32,
+        max_side=48,
+        divisor=16,
+        rank=rank,
+        world=world,
+    )
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        first, second = getattr(a, field.name), getattr(b, field.name)
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second), field.name
+
+
+def item(row: int, size: tuple[int, int], flip: bool = False, jitter: bool = False) -> Item:
+    return Item(row, size, flip, seed=row + 7, photometric=jitter)
+
+
+# One batch
+
+
+def test_a_batch_by_hand() -> None:
+    """Row 0 at half size, row 2 (no box) as stored, row 3 mirrored, on a canvas of 48 x 64."""
+    items = [item(0, (20, 30)), item(2, (30, 30)), item(3, (20, 59), flip=True)]
+    batch = make_batch(INDEX, read, items, (48, 64))
+    assert batch.canvas == (48, 64)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (3, 3, 48, 64)
+    assert batch.sizes.tolist() == [[20, 30], [30, 30], [20, 59]]
+    assert batch.rows.tolist() == [0, 2, 3]
+    assert batch.seeds.tolist() == [7, 9, 10]
+    x, y = 30 / 61, 0.5
+    expected = [
+        [
+            [10 * x, 5 * y, 30 * x, 35 * y],
+            [0, 2 * y, 6 * x, 12 * y],
+            [50 * x, 30 * y, 55 * x, 17.5],
+        ],
+        [[0, 0, 0, 0]] * 3,
+        [[59 - 18, 3, 59 - 7, 16], [0, 0, 0, 0], [0, 0, 0, 0]],
+    ]
+    assert_close(batch.gt_boxes, torch.tensor(expected))
+    assert batch.gt_valid.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert batch.gt_ignore.tolist() == [[False, False, True], [False] * 3, [False] * 3]
+    assert torch.equal(batch.images[1, :, :30, :30], read(2))
+    assert torch.equal(batch.images[2, :, :20, :59], read(3).flip(-1))
+
+
+def test_padding_is_zero_and_only_padding() -> None:
+    items = [item(0, (40, 61)), item(2, (30, 30))]
+    batch = make_batch(INDEX, read, items, (48, 64))
+    for image, (height, width) in zip(batch.images, batch.sizes.tolist(), strict=True):
+        assert (image[:, :height, :width] > 0).all()
+        assert not image[:, height:].any()
+        assert not image[:, :, width:].any()
+
+
+def test_a_batch_without_any_box_has_one_row_that_is_not_valid() -> None:
+    batch = make_batch(INDEX, read, [item(2, (30, 30)), item(4, (47, 31))], (48, 32))
+    assert batch.gt_boxes.shape == (2, 1, 4)
+    assert not batch.gt_valid.any()
+    assert not batch.gt_ignore.any()
+
+
+def test_augmentation_is_what_the_item_says() -> None:
+    image, boxes, ignore = load_item(INDEX, read, item(5, (33, 44)))
+    mirrored, mirrored_boxes, _ = load_item(INDEX, read, item(5, (33, 44), flip=True))
+    expected = flip(image, boxes)
+    assert torch.equal(mirrored, expected[0])
+    assert torch.equal(mirrored_boxes, expected[1])
+    jittered, same_boxes, _ = load_item(INDEX, read, item(5, (33, 44), jitter=True))
+    assert not torch.equal(jittered, image)
+    assert torch.equal(same_boxes, boxes)
+    assert ignore.tolist() == [False, False]
+
+
+def test_a_file_of_another_size_than_annotated_is_refused() -> None:
+    def turned(row: int) -> Tensor:
+        return read(row).transpose(1, 2)
+
+    message = r"^0\.jpg: expected \(40, 61\) px \(height, width\) as annotated, got \(61, 40\)$"
+    with pytest.raises(DataError, match=message):
+        load_item(INDEX, turned, item(0, (20, 30)))
+
+
+# Training
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
+def test_the_shares_make_up_the_batch_of_one_process(world: int, accumulate: int) -> None:
+    """Images, boxes, seeds and canvas, in the order of pieces and ranks."""
+    for step in (1, 2, 5):
+        whole = train_batches()[step - 1]
+        shares = [
+            train_batches(rank=rank, world=world, accumulate=accumulate)[
+                (step - 1) * accumulate + piece
+            ]
+            for piece in range(accumulate)
+            for rank in range(world)
+        ]
+        assert {share.canvas for share in shares} == {whole.canvas}
+        assert {len(share.rows) for share in shares} == {4 // world // accumulate}
+        for name in ("images", "sizes", "seeds", "rows"):
+            together = torch.cat([getattr(share, name) for share in shares])
+            assert torch.equal(together, getattr(whole, name)), name
+        boxes = [b[v] for s in shares for b, v in zip(s.gt_boxes, s.gt_valid, strict=True)]
+        ignore = [i[v] for s in shares for i, v in zip(s.gt_ignore, s.gt_valid, strict=True)]
+        for i, valid in enumerate(whole.gt_valid):
+            assert torch.equal(boxes[i], whole.gt_boxes[i, valid])
+            assert torch.equal(ignore[i], whole.gt_ignore[i, valid])
+
+
+def test_a_batch_is_the_plan_of_its_step() -> None:
+    for key in (0, 1, 9):
+        plan = planner().plan(key + 1)
+        batch = train_batches()[key]
+        assert batch.rows.tolist() == [i.row for i in plan.items]
+        assert batch.canvas == plan.canvas
+        assert batch.sizes.tolist() == [[*i.size] for i in plan.items]
+
+
+def test_workers_change_nothing() -> None:
+    batches = train_batches()
+    alone = list(load(batches, range(3, 8), workers=0, pin=False))
+    helped = list(load(batches, range(3, 8), workers=2, pin=False))
+    assert len(alone) == len(helped) == 5
+    for key, a, b in zip(range(3, 8), alone, helped, strict=True):
+        assert_same(a, batches[key])
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_of_the_data_is_the_one_line_that_it_was(workers: int) -> None:
+    """Not a traceback of a loader process; what came before it is delivered."""
+
+    def torn(row: int) -> Tensor:
+        if row == 5:
+            raise DataError("images/5.jpg: expected a readable image, got: torn")
+        return read(row)
+
+    planned = [[i.row for i in planner().plan(step).items] for step in (1, 2)]
+    broken = next(key for key, rows in enumerate(planned) if 5 in rows)
+    found = load(train_batches(torn), range(2), workers=workers, pin=False)
+    for key in range(broken):
+        assert next(found).rows.tolist() == planned[key]
+    with pytest.raises(DataError) as caught:
+        next(found)
+    assert str(caught.value) == "images/5.jpg: expected a readable image, got: torn"
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_score_every_image_once(world: int) -> None:
+    seen = []
+    for rank in range(world):
+        share = eval_batches(rank=rank, world=world)
+        for batch in load(share, range(len(share)), workers=0, pin=False):
+            seen += batch.rows.tolist()
+    assert sorted(seen) == [*range(8)]
+
+
+def test_an_image_is_scored_as_if_it_were_alone() -> None:
+    """Neither augmented nor padded further for the sake of its company."""
+    batches = eval_batches()
+    for key in range(len(batches)):
+        batch = batches[key]
+        assert isinstance(batch, Batch)
+        for i, (row, size) in enumerate(
+            zip(batch.rows.tolist(), batch.sizes.tolist(), strict=True)
+        ):
+            assert batch.canvas == canvas_of([tuple(size)], 16)
+            image, boxes, _ = load_item(INDEX, read, item(row, tuple(size)))
+            assert torch.equal(batch.images[i, :, : size[0], : size[1]], image)
+            assert torch.equal(batch.gt_boxes[i, batch.gt_valid[i]], boxes)
+
+
+def test_more_processes_than_batches_leave_some_without() -> None:
+    count = len(eval_batches())
+    idle = eval_batches(rank=count, world=count + 1)
+    assert len(idle) == 0
+    assert list(load(idle, range(0), workers=0, pin=False)) == []
+
+
+def test_a_fault_in_evaluation_is_a_fault() -> None:
+    def missing(row: int) -> Tensor:
+        raise DataError(f"expected an image, got nothing at {row}.jpg")
+
+    with pytest.raises(DataError, match=r"^expected an image, got nothing at 0\.jpg$"):
+        list(load(eval_batches(missing), range(1), workers=0, pin=False))
+
+
+def test_moving_a_batch_moves_all_of_it() -> None:
+    moved = train_batches()[0].to(torch.device("meta"))
+    assert all(getattr(moved, f.name).is_meta for f in dataclasses.fields(Batch))
