@@ -19,6 +19,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,12 @@ def evaluate_torchvision(
     """torchvision's own proposals of all images of a split, in the order of its index."""
     theirs.eval()
     found: list[ImageProposals] = []
-    for batch in load(batches, range(len(batches)), workers=cfg.workers, pin=False):
-        # it keeps its scores to itself, but the order says as much
-        ranked = [Proposals(boxes, -torch.arange(len(boxes))) for boxes in theirs(batch, device)[0]]
-        found += in_stored_pixels(batch, ranked, batches.index)
+    with closing(load(batches, range(len(batches)), workers=cfg.workers, pin=False)) as loader:
+        for batch in loader:
+            # it keeps its scores to itself, but the order says as much
+            boxes = theirs(batch, device)[0]
+            ranked = [Proposals(of_image, -torch.arange(len(of_image))) for of_image in boxes]
+            found += in_stored_pixels(batch, ranked, batches.index)
     return sorted(found, key=lambda image: image.row)
 
 
@@ -194,7 +197,8 @@ def compare(cfg: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     batches = TrainBatches(index, read, planner, rank=0, world=1, accumulate=1)
     loader = load(batches, range(total), workers=cfg.workers, pin=ranks.device.type == "cuda")
     steps = our_step(state, cfg, ranks), torchvision_step(theirs, cfg, ranks.device)
-    rows, measured = train_both(steps, loader, cfg, total)
+    with closing(loader):
+        rows, measured = train_both(steps, loader, cfg, total)
     val_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
     found = [
         evaluate(state.model, val_batches, cfg, StopRequest(), ranks) or [],

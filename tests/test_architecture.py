@@ -14,10 +14,12 @@ ORDER = [
     *["errors", "stop"],
     *["boxes", "anchors", "targets", "losses", "proposals", "recall"],
     *["backbones", "model"],
-    *["data.index", "data.coco", "data.voc", "data.shapes"],
+    *["data.index", "data.coco", "data.voc", "data.shapes", "data.files"],
     *["data.transforms", "data.sampler", "data.batch"],
-    *["config", "distributed", "schedule", "checkpoint", "run_log", "figures", "download"],
-    *["build", "evaluate", "run_state", "step", "report", "train", "evaluate_checkpoint"],
+    *["config", "distributed", "schedule", "checkpoint"],
+    *["run_log", "figures", "proposal_files", "download"],
+    *["build", "evaluate", "run_state", "step", "report"],
+    *["train", "evaluate_checkpoint", "propose"],
     *["cli", "__main__"],
 ]
 CORE = {"boxes", "anchors", "targets", "losses", "proposals"}
@@ -31,7 +33,6 @@ HOMES = {
     "torch.nn.parallel": {"distributed"},
     "tensorboard": {"run_log"},
     "torch.utils.tensorboard": {"run_log"},
-    "tqdm": {"run_log", "download"},
     "msgspec": {"data.coco"},
     "xml": {"data.voc"},
     "defusedxml": {"data.voc"},

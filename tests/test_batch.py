@@ -1,6 +1,8 @@
 """Padded batches: shares of processes make up the whole, workers change nothing, faults arrive."""
 
 import dataclasses
+from contextlib import closing
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -225,12 +227,20 @@ def test_a_fault_of_the_data_is_the_one_line_that_it_was(workers: int) -> None:
 
     planned = [[i.row for i in planner().plan(step).items] for step in (1, 2)]
     broken = next(key for key, rows in enumerate(planned) if 5 in rows)
-    found = load(train_batches(torn), range(2), workers=workers, pin=False)
-    for key in range(broken):
-        assert next(found).rows.tolist() == planned[key]
-    with pytest.raises(DataError) as caught:
-        next(found)
+    with closing(load(train_batches(torn), range(2), workers=workers, pin=False)) as found:
+        for key in range(broken):
+            assert next(found).rows.tolist() == planned[key]
+        with pytest.raises(DataError) as caught:
+            next(found)
     assert str(caught.value) == "images/5.jpg: expected a readable image, got: torn"
+
+
+def test_loader_processes_end_when_the_loader_is_closed() -> None:
+    """And not only with this process, which would wait for them: they ignore SIGTERM."""
+    with closing(load(train_batches(), range(100), workers=2, pin=False)) as found:
+        next(found)
+        assert len(active_children()) == 2
+    assert active_children() == []
 
 
 # Evaluation

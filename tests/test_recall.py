@@ -201,7 +201,7 @@ def test_hand_computed_coco():
     assert result.matched_rank.T.tolist() == [[0] * 3 + [1] * 2 + [-1] * 5, [-1] * 10]
     assert result.num_objects == {"all": 2, "small": 1, "medium": 1, "large": 0}
     figures = result.figures()
-    assert len(figures) == 2 * 4 * (1 + 3) + 2
+    assert len(figures) == 2 * 4 * (1 + 3) + 1 + 4
     assert (figures["num_images"], figures["num_objects"]) == (1, 2)
     assert figures["ar_1"] == pytest.approx(0.15)  # half of the objects at 3 of 10 thresholds
     assert figures["ar_2"] == pytest.approx(0.25)

@@ -143,9 +143,9 @@ def test_pixels_stay_as_stored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (jpeg(size=(200, 200))[:3000], "expected a readable image, got: "),
-        (b"<html>404 Not Found</html>" * 50, "expected a readable image, got: "),
-        (b"", "expected a readable image, got: "),
+        (jpeg(size=(200, 200))[:3000], "Image is incomplete or truncated"),
+        (b"<html>404 Not Found</html>" * 50, "Unsupported image file."),
+        (b"", "Expected a non empty file"),
     ],
     ids=["truncated", "html", "empty"],
 )
@@ -154,8 +154,20 @@ def test_a_broken_image_is_one_line(tmp_path: Path, content: bytes, reason: str)
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_image(path)
-    assert str(caught.value).startswith(f"{path}: {reason}")
+    assert str(caught.value).startswith(f"{path}: expected a readable image, got: {reason}")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_still_of_8_bits_is_refused(tmp_path: Path) -> None:
+    deep, moving = tmp_path / "deep.png", tmp_path / "moving.gif"
+    Image.fromarray(np.full((7, 9), 1000, np.uint16)).save(deep)
+    frames = [Image.fromarray(np.full((7, 9, 3), 90 * i, np.uint8)) for i in range(2)]
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    for path, found in ((deep, r"\(3, 7, 9\) of torch.uint16"), (moving, r"\(2, 3, 7, 9\) of ")):
+        with pytest.raises(
+            DataError, match=f"expected one still of 8 bits per channel, got {found}"
+        ):
+            read_image(path)
 
 
 def test_no_image(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import get_model, get_model_weights
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from rpn_train.errors import CheckpointError, ConfigError
 
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         self.out_channels: int = 256 if pyramid else channels[0]
         self.strides: tuple[int, ...] = (4, 8, 16, 32, 64) if pyramid else (16,)
         self.body = body
-        self.fpn = FeaturePyramidNetwork([*channels], 256, LastLevelMaxPool()) if pyramid else None
+        self.fpn = FeaturePyramidNetwork([*channels], 256) if pyramid else None
         self._stage_ends = tuple(stage_ends)
         self._frozen: tuple[str, ...] = ()
         self._channels_last = channels_last
@@ -79,13 +79,35 @@ class Backbone(nn.Module):
             One [B, out_channels, H/s, W/s] per stride s, exactly so where H and W are multiples of
             the largest stride. Otherwise each network rounds in its own way: pad the images first.
         """
+        return self.finish(self.merge(images))
+
+    def merge(self, images: Tensor) -> list[Tensor]:
+        """The maps before the last convolutions of the pyramid: [B, C, H/s, W/s], fine to coarse.
+
+        Without a pyramid they are the output; with one, the fifth level is not yet among them.
+        """
         maps = self.body(images)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]  # [B, H, W, C] -> [B, C, H, W]
-        if self.fpn is not None:
-            maps = list(self.fpn({str(i): m for i, m in enumerate(maps)}).values())
-        return maps
+        if self.fpn is None:
+            return maps
+        merged = [inner(m) for inner, m in zip(self.fpn.inner_blocks, maps, strict=True)]
+        for i in range(len(merged) - 2, -1, -1):
+            merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:])
+        return merged
+
+    def finish(self, merged: list[Tensor], first: int = 0) -> list[Tensor]:
+        """The maps that come out, from level `first` on; `first` is not beyond the last merged."""
+        if self.fpn is None:
+            return merged[first:]
+        blocks = self.fpn.layer_blocks
+        levels = [blocks[i](merged[i]) for i in range(first, len(merged))]
+        return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
+
+    def last_convolutions(self, level: int) -> list[tuple[nn.Conv2d, bool]]:
+        """The 3x3 convolutions between `merge` and `finish`, and whether a ReLU follows each."""
+        return [] if self.fpn is None else [(self.fpn.layer_blocks[level][0], False)]
 
     def freeze(self, stages: int) -> None:
         """Stop the first stages from learning; ConfigError where there are not so many."""

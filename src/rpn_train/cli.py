@@ -382,7 +382,7 @@ def _lay_over(
     composed = _compose(typed)
     if any(o.key_or_group == "experiment" for o in overrides):
         return from_mapping(TrainConfig, composed)
-    for override in sorted(overrides, key=lambda o: o.key_or_group.count(".")):
+    for override in overrides:
         *path, last = override.key_or_group.split(".")
         target, source = base, composed
         for part in path:

@@ -1,6 +1,7 @@
 """Proposals of a model on a split, and their recall."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,12 +56,13 @@ def propose_batch(model: RPN, batch: Batch, cfg: TrainConfig) -> list[Proposals]
 
 def propose_split(
     model: RPN, batches: EvalBatches, cfg: TrainConfig, device: torch.device
-) -> Iterator[ImageProposals]:
+) -> Generator[ImageProposals, None, None]:
     """Proposals of every image of this process's share, mapped back to stored pixels."""
     loader = load(batches, range(len(batches)), workers=cfg.workers, pin=device.type == "cuda")
-    for batch in loader:
-        found = propose_batch(model, batch.to(device), cfg)
-        yield from in_stored_pixels(batch, found, batches.index)
+    with closing(loader):
+        for batch in loader:
+            found = propose_batch(model, batch.to(device), cfg)
+            yield from in_stored_pixels(batch, found, batches.index)
 
 
 def in_stored_pixels(
@@ -98,10 +100,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     share = []
-    for image in propose_split(model, batches, cfg, ranks.device):
-        share.append(image)
-        if stop:
-            break
+    with closing(propose_split(model, batches, cfg, ranks.device)) as images:
+        for image in images:
+            share.append(image)
+            if stop:
+                break
     model.train(was_training)
     if ranks.any(bool(stop)):
         return None

@@ -34,7 +34,8 @@ def evaluate_checkpoint(
         return
     recall = score(found, index, cfg.eval.max_proposals)
     print(f"{path}, step {saved['step']}, {len(index)} images of {cfg.eval.split}")
-    print(recall_table(recall))
+    figures = recall.figures()
+    print(recall_table(figures))
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "recall.json", {"step": saved["step"], **recall.figures()})
+    write_json(folder / "recall.json", {"step": saved["step"], **figures})
     print(f"written to {folder / 'recall.json'}")

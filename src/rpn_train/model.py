@@ -4,14 +4,15 @@ State-dict keys are those of `torchvision.models.detection.FasterRCNN` (`backbon
 `backbone.fpn.*`, `rpn.head.*`), so that weights travel in both directions.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import Backbone
+from rpn_train.sparse import stack_at
 
 # Mean and deviation of ImageNet in RGB 0..1, which all torchvision weights expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -47,7 +48,27 @@ class RPNHead(nn.Module):
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] -> logits [B, H * W * A] and deltas [B, H * W * A, 4]."""
-        hidden = self.conv(feature)
+        return self._branches(self.conv(feature))
+
+    def at(
+        self,
+        feature: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        before: Sequence[tuple[nn.Conv2d, bool]],
+    ) -> tuple[Tensor, Tensor]:
+        """The same at some cells: logits [B, S, A] and deltas [B, S, A, 4].
+
+        Args:
+            feature: [B, C, H, W], what goes into the convolutions `before` (see `stack_at`).
+            rows, columns: int64 [B, S].
+        """
+        stack = [*before, *((block[0], True) for block in self.conv)]
+        hidden = stack_at(feature, rows, columns, stack)  # [B * S, C, 1, 1]
+        logits, deltas = self._branches(hidden)
+        return logits.unflatten(0, rows.shape), deltas.unflatten(0, rows.shape)
+
+    def _branches(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.bbox_pred(hidden).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
         return logits, deltas
@@ -72,18 +93,61 @@ class RPN(nn.Module):
         self.rpn = nn.ModuleDict({"head": make_head(backbone.out_channels, grid.per_cell)})
 
     def forward(self, images: Tensor, at: Tensor | None = None) -> Outputs:
-        """Outputs at every anchor, or at the sampled ones.
+        """Outputs at every anchor, or at the sampled ones: the same values, and gradients.
 
         Args:
             images: normalised float [B, 3, H, W]; H and W multiples of the largest stride.
             at: int64 [B, S] indices into the R anchors; None: all of them, in order.
         """
+        if at is not None:
+            return self._forward_at(images, at)
         levels = [self.rpn["head"](feature) for feature in self.backbone(images)]
         logits = torch.cat([logits for logits, _ in levels], dim=1).float()  # [B, R]
         deltas = torch.cat([deltas for _, deltas in levels], dim=1).float()  # [B, R, 4]
-        if at is None:
-            return Outputs(logits, deltas)
-        return Outputs(logits.gather(1, at), deltas.gather(1, at[..., None].expand(-1, -1, 4)))
+        return Outputs(logits, deltas)
+
+    def _forward_at(self, images: Tensor, at: Tensor) -> Outputs:
+        """Outputs at sampled anchors, the fine levels computed at their cells alone.
+
+        On a fine level every slot is computed at some cell, also where its anchor is of another
+        level: so no shape depends on the data, and nothing waits for the GPU.
+        """
+        head, per_cell = cast(RPNHead, self.rpn["head"]), self.grid.per_cell
+        merged = self.backbone.merge(images)
+        num_sparse = self._num_sparse(merged, at.shape[1])
+        parts = []  # first anchor, logits [B, S] and deltas [B, S, 4] of each level
+        start = 0
+        for level, feature in enumerate(merged[:num_sparse]):
+            height, width = feature.shape[-2:]
+            length = height * width * per_cell
+            place = (at - start).clamp(0, length - 1)
+            cell, anchor = place // per_cell, place % per_cell
+            before = self.backbone.last_convolutions(level)
+            logits, deltas = head.at(feature, cell // width, cell % width, before)  # [B, S, A ...]
+            logits = torch.take_along_dim(logits, anchor[..., None], 2)[:, :, 0]
+            deltas = torch.take_along_dim(deltas, anchor[..., None, None], 2)[:, :, 0]
+            parts.append((start, logits, deltas))
+            start += length
+        dense = [head(feature) for feature in self.backbone.finish(merged, num_sparse)]
+        if dense:
+            place = (at - start).clamp(min=0)
+            logits = torch.cat([logits for logits, _ in dense], dim=1).gather(1, place)
+            deltas = torch.cat([deltas for _, deltas in dense], dim=1)  # [B, anchors from start, 4]
+            parts.append((start, logits, torch.take_along_dim(deltas, place[..., None], 1)))
+        _, logits, deltas = parts[0]
+        for start, of_level, deltas_of_level in parts[1:]:
+            here = at >= start  # or further on, which the next part settles
+            logits = torch.where(here, of_level, logits)
+            deltas = torch.where(here[..., None], deltas_of_level, deltas)
+        return Outputs(logits.float(), deltas.float())
+
+    def _num_sparse(self, merged: list[Tensor], slots: int) -> int:
+        """How many of the fine levels take fewer multiplications at `slots` cells than everywhere."""
+        convs = len(cast(RPNHead, self.rpn["head"]).conv) + len(self.backbone.last_convolutions(0))
+        at_slots = slots * sum((2 * i + 1) ** 2 for i in range(convs))
+        # the last level of a pyramid is subsampled to one more, which needs all of it
+        allowed = merged if self.backbone.fpn is None else merged[:-1]
+        return sum(convs * m.shape[-2] * m.shape[-1] > at_slots for m in allowed)
 
 
 def normalize_images(images: Tensor, sizes: Tensor) -> Tensor:

@@ -126,18 +126,19 @@ class Recall:
     matched_rank: npt.NDArray[np.int32]
 
     def figures(self) -> dict[str, float]:
-        """Named figures: `ar_100`, `recall_100_iou50`, both also with `_small`, ..., and counts.
+        """Named figures: `ar_100`, `recall_100_iou50`, `num_objects`, each also with `_small`, ...
 
         AR@N is the mean of recall@N over the ten IoU thresholds (Hosang et al. 2016).
         """
-        named: dict[str, float] = {}
-        for n, limit in enumerate(self.max_proposals):
-            for a, size in enumerate(SIZES):
-                suffix = "" if size == "all" else f"_{size}"
+        named: dict[str, float] = {"num_images": self.num_images}
+        for a, size in enumerate(SIZES):
+            suffix = "" if size == "all" else f"_{size}"
+            named[f"num_objects{suffix}"] = self.num_objects[size]
+            for n, limit in enumerate(self.max_proposals):
                 named[f"ar_{limit}{suffix}"] = float(self.recall[:, a, n].mean())
                 for iou, t in NAMED_IOUS.items():
                     named[f"recall_{limit}_{iou}{suffix}"] = float(self.recall[t, a, n])
-        return named | {"num_images": self.num_images, "num_objects": self.num_objects["all"]}
+        return named
 
 
 def boxes_to_xywh(boxes: npt.NDArray[np.float32]) -> Floats:

@@ -1,9 +1,12 @@
 """What a run says of itself at its start, along the way and at its end."""
 
+import json
 import math
 import platform
+import re
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -155,7 +158,8 @@ def log_pictures(
             gt_boxes=torch.from_numpy(index.boxes_xyxy(row)),
             gt_ignore=torch.from_numpy(index.ignored(row)),
             proposals=torch.from_numpy(found[row].boxes[:_DRAWN_PROPOSALS]),
-            scores=torch.from_numpy(found[row].logits[:_DRAWN_PROPOSALS]).sigmoid(),
+            # by rank: early in a run all scores are low, and nothing would be seen
+            scores=torch.linspace(1, 0.4, len(found[row].logits[:_DRAWN_PROPOSALS])),
             found=torch.from_numpy((rank >= 0) & (rank < _DRAWN_PROPOSALS)),
         )
         log.image(f"proposals/{index.file_name(row)}", step, picture)
@@ -174,25 +178,34 @@ def finish_run(
         changed = differences(to_mapping(TrainConfig()), to_mapping(cfg))
         options = flatten(to_mapping(cfg))
         log.hparams({key: options[key] for key in changed}, {"val/best_ar_100": state.best_ar_100})
+        last = folder / "recall.json"
+        if last.is_file():
+            log.line(recall_table(json.loads(last.read_text(encoding="utf-8"))))
         log.line(f"best AR@100 {state.best_ar_100:.4f}; weights in {folder / 'checkpoints'}")
         log.line(f"look at it: tensorboard --logdir {folder / 'tensorboard'}")
     log.close()
 
 
-def recall_table(recall: Recall) -> str:
-    """Recall as a table: a row for each figure, a column for each size."""
-    rows = [f"{'':<18}" + "".join(f"{size:>9}" for size in SIZES)]
-    rows.append(f"{'objects':<18}" + "".join(f"{recall.num_objects[s]:>9}" for s in SIZES))
-    figures = recall.figures()
-    for n in recall.max_proposals:
-        for label, key in (
-            ("AR@{}", "ar_{}"),
-            ("R@{} IoU .5", "recall_{}_iou50"),
-            ("R@{} IoU .7", "recall_{}_iou70"),
-        ):
-            values = [figures[key.format(n) + ("" if s == "all" else f"_{s}")] for s in SIZES]
-            cells = "".join(f"{'-' if math.isnan(v) else f'{v:.4f}':>9}" for v in values)
-            rows.append(f"{label.format(n):<18}{cells}")
+def recall_table(figures: Mapping[str, float | None]) -> str:
+    """Figures of `Recall.figures`, or of recall.json, as a table: a column for each size."""
+    sizes = {size: "" if size == "all" else f"_{size}" for size in SIZES}
+    limits = [int(key.removeprefix("ar_")) for key in figures if re.fullmatch(r"ar_\d+", key)]
+    labels = {
+        f"{label}@{n}{iou}": key
+        for n in limits
+        for label, key, iou in (
+            ("AR", f"ar_{n}", ""),
+            ("R", f"recall_{n}_iou50", ", IoU .5"),
+            ("R", f"recall_{n}_iou70", ", IoU .7"),
+        )
+    }
+    rows = [f"{'':<18}" + "".join(f"{size:>9}" for size in sizes)]
+    for label, key in labels.items():
+        values = [figures[key + suffix] for suffix in sizes.values()]
+        cells = ["-" if v is None or math.isnan(v) else f"{v:.4f}" for v in values]
+        rows.append(f"{label:<18}" + "".join(f"{cell:>9}" for cell in cells))
+    counts = [figures[f"num_objects{suffix}"] for suffix in sizes.values()]
+    rows.append(f"{'objects':<18}" + "".join(f"{count:>9}" for count in counts))
     return "\n".join(rows)
 
 

@@ -1,5 +1,6 @@
 """The run. `train` reads from top to bottom: build, loop, evaluate, save."""
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -47,14 +48,14 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
         index, read, planner, rank=ranks.rank, world=ranks.world, accumulate=pieces
     )
     network = prepare_network(state.model, cfg, ranks)
+    keys = range((first - 1) * pieces, total * pieces)
+    loader = load(batches, keys, workers=cfg.workers, pin=ranks.device.type == "cuda")
     clock = Clock()
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, closing(loader):
         judge = partial(log_evaluation, log, state, cfg, eval_batches, folder, stop, ranks)
         owed = due(state.step, eval_every, total) if state.step else cfg.eval_at_start
         if owed and state.evaluated < state.step:
             judge()
-        keys = range((first - 1) * pieces, total * pieces)
-        loader = load(batches, keys, workers=cfg.workers, pin=ranks.device.type == "cuda")
         for step in range(first, total + 1):
             lr = lr_of(cfg, step, total)
             batch, picks = training_step(state, network, loader, cfg, lr, clock, ranks)

@@ -1,6 +1,6 @@
 """Padded batches, made whole by a loader process: one item of the data set is one batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -163,8 +163,11 @@ class EvalBatches(Dataset[Batch | DataError]):
 
 def load(
     batches: Dataset[Batch | DataError], keys: Sequence[int], *, workers: int, pin: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of `keys` in order, read ahead by `workers` processes (0: by this one).
+
+    Use it with `contextlib.closing`: the processes end when it is closed. They ignore SIGTERM, so a
+    crash that left it open would wait for them for ever.
 
     Raises:
         DataError: what a batch could not be made for.

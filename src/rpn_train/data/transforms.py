@@ -1,5 +1,6 @@
 """Image and boxes together: reading, resizing, flipping, colour jitter. uint8 throughout."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,29 @@ from rpn_train.boxes import clip
 from rpn_train.errors import DataError
 
 
-def read_image(path: Path) -> Tensor:
-    """An image file as uint8 [3, H, W] RGB, pixels as stored (EXIF orientation is not applied).
+def read_image(path: Path, *, upright: bool = False) -> Tensor:
+    """An image file as uint8 [3, H, W] RGB.
 
-    COCO's and VOC's boxes refer to the pixels as stored.
+    Pixels are as stored, to which COCO's and VOC's boxes refer; `upright` turns them as EXIF says.
 
     Raises:
-        DataError: no such file, or not a readable image.
+        DataError: no such file, not a readable image, or not one still of 8 bits per channel.
     """
     if not path.is_file():
         raise DataError(f"expected an image, got nothing at {path}")
     try:
-        return decode_image(str(path), mode=ImageReadMode.RGB)
+        image = decode_image(
+            str(path), mode=ImageReadMode.RGB, apply_exif_orientation=upright
+        )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])  # of torchvision's build
         raise DataError(f"{path}: expected a readable image, got: {reason}") from error
+    if image.ndim != 3 or image.dtype != torch.uint8:  # an animation; 16-bit PNG
+        raise DataError(
+            f"{path}: expected one still of 8 bits per channel, "
+            f"got {tuple(image.shape)} of {image.dtype}"
+        )
+    return image
 
 
 def fit_size(size: tuple[int, int], short_side: float, max_side: int) -> tuple[int, int]:

@@ -1,0 +1,45 @@
+"""Convolutions evaluated at chosen cells of a feature map, and nowhere else.
+
+The loss of an RPN reads some 256 of up to 270,000 anchors, so most of what a head computes over the
+fine levels is thrown away in training. A stack of n 3x3 convolutions at one cell needs the
+(2n + 1) x (2n + 1) cells around it: they are gathered, and the stack runs on these patches. Values
+and gradients are those of the dense computation (`test_sparse.py`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def stack_at(
+    feature: Tensor, rows: Tensor, columns: Tensor, stack: Sequence[tuple[nn.Conv2d, bool]]
+) -> Tensor:
+    """Output of a stack of 3x3 convolutions (stride 1, zero padding 1) at some cells.
+
+    Args:
+        feature: [B, C, H, W].
+        rows, columns: int64 [B, S], cells of each image; the same cell may come several times.
+        stack: the convolutions in order, and whether a ReLU follows each.
+
+    Returns:
+        [B * S, channels of the last convolution, 1, 1].
+    """
+    batch, channels, height, width = feature.shape
+    radius = len(stack)
+    offsets = torch.arange(-radius, radius + 1, device=feature.device)
+    y = rows.reshape(-1, 1, 1) + offsets[:, None]  # [N, K, 1], N = B * S, K = 2 * radius + 1
+    x = columns.reshape(-1, 1, 1) + offsets  # [N, 1, K]
+    inside = ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]  # [N, 1, K, K]
+    image = torch.arange(batch, device=feature.device).repeat_interleave(rows.shape[1])
+    cell = (image.view(-1, 1, 1) * height + y.clamp(0, height - 1)) * width
+    cells = feature.permute(0, 2, 3, 1).reshape(-1, channels)  # [B * H * W, C]
+    # an embedding, because its backward pass is fast and adds in a fixed order
+    patches = F.embedding(cell + x.clamp(0, width - 1), cells).permute(0, 3, 1, 2)  # [N, C, K, K]
+    for conv, relu in stack:
+        patches = patches * inside  # what lies outside is padding: zero for every convolution
+        patches = F.conv2d(patches, conv.weight, conv.bias)
+        patches = F.relu(patches) if relu else patches
+        inside = inside[..., 1:-1, 1:-1]
+    return patches
