@@ -31,12 +31,13 @@ from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetw
 
 from rpn_train.build import build_eval_batches, build_planner, open_split
 from rpn_train.cli import compose_run
-from rpn_train.config import TrainConfig, to_mapping
+from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load
 from rpn_train.distributed import Ranks, start
 from rpn_train.errors import ConfigError, DivergedError, UserError
 from rpn_train.evaluate import ImageProposals, evaluate, in_stored_pixels, score
 from rpn_train.model import RPN, normalize_images
+from rpn_train.options import to_mapping
 from rpn_train.proposals import Proposals
 from rpn_train.report import environment, flatten
 from rpn_train.run_log import write_json

@@ -11,34 +11,35 @@ SOURCE = Path(__file__).parents[1] / "src" / "rpn_train"
 
 # A module imports only from what stands before it.
 ORDER = [
-    *["errors", "stop"],
+    *["errors", "options", "stop"],
     *["boxes", "anchors", "targets", "losses", "proposals", "recall"],
-    *["backbones", "model"],
+    *["weights", "backbones", "sparse", "model"],
     *["data.index", "data.coco", "data.voc", "data.shapes", "data.files"],
     *["data.transforms", "data.sampler", "data.batch"],
     *["config", "distributed", "schedule", "checkpoint"],
-    *["run_log", "figures", "proposal_files", "download"],
+    *["run_log", "figures", "download"],
+    *["proposal_files", "array_pickle", "coco_results", "read_proposals"],
     *["build", "evaluate", "run_state", "step", "report"],
-    *["train", "evaluate_checkpoint", "propose"],
-    *["cli", "__main__"],
+    *["train", "evaluate_checkpoint"],
+    *["compose", "cli", "__main__"],
 ]
 CORE = {"boxes", "anchors", "targets", "losses", "proposals"}
 
 # What has one home, so that it can be replaced there and nowhere else needs to know it.
 HOMES = {
-    "hydra": {"cli"},
-    "omegaconf": {"cli"},
-    "yaml": {"cli"},
+    "hydra": {"compose"},
+    "omegaconf": {"compose"},
+    "yaml": {"cli", "run_log"},
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
     "tensorboard": {"run_log"},
     "torch.utils.tensorboard": {"run_log"},
-    "msgspec": {"data.coco"},
+    "msgspec": {"data.coco", "coco_results", "proposal_files"},
     "xml": {"data.voc"},
     "defusedxml": {"data.voc"},
     "timm": {"backbones"},
     "pycocotools": set(),  # only the tests compare with it
-    "pickle": set(),
+    "pickle": {"array_pickle", "proposal_files"},
     "random": set(),
 }
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from rpn_train import cli
 from rpn_train.backbones import BACKBONES, Norm, build_backbone
 from rpn_train.build import open_split
-from rpn_train.config import (
-    BackboneConfig,
-    DatasetConfig,
-    TrainConfig,
+from rpn_train.config import BackboneConfig, DatasetConfig, TrainConfig
+from rpn_train.errors import ConfigError, UserError
+from rpn_train.losses import box_loss
+from rpn_train.model import autocast
+from rpn_train.options import (
     describe_range,
     describe_type,
     differences,
@@ -26,9 +27,6 @@ from rpn_train.config import (
     unknown_key,
     walk,
 )
-from rpn_train.errors import ConfigError, UserError
-from rpn_train.losses import box_loss
-from rpn_train.model import autocast
 from rpn_train.schedule import build_optimizer, lr_at
 from rpn_train.targets import assign
 
@@ -235,8 +233,11 @@ def test_range_as_text() -> None:
 
 
 def test_unknown_key_offers_groups_and_keys_of_other_groups() -> None:
-    assert unknown_key("datset") == "datset: unknown key; did you mean 'dataset'?"
-    assert unknown_key("model.flip") == "model.flip: unknown key; did you mean 'augment.flip'?"
+    assert unknown_key("datset", TrainConfig) == "datset: unknown key; did you mean 'dataset'?"
+    assert (
+        unknown_key("model.flip", TrainConfig)
+        == "model.flip: unknown key; did you mean 'augment.flip'?"
+    )
 
 
 def test_differences() -> None:
@@ -276,9 +277,11 @@ def test_preset(path: Path) -> None:
     cfg, default = from_mapping(TrainConfig, values), TrainConfig()
     keys = {*flat(values)}
     assert "schedule.steps" not in keys, "a length in steps would hide the one in epochs"
+    # a recipe states its numbers, whatever the defaults; other presets only what differs
     named = {"backbone.name", "dataset.format"}  # these say which preset it is
-    restated = sorted(key for key in keys - named if get(cfg, key) == get(default, key))
-    assert restated == [], "a preset holds only what differs from the defaults"
+    if path.parent.name not in {"anchors", "schedule", "experiment"}:
+        restated = sorted(key for key in keys - named if get(cfg, key) == get(default, key))
+        assert restated == [], "a preset holds only what differs from the defaults"
 
 
 def test_backbone_presets_are_the_backbones() -> None:

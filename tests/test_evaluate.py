@@ -11,17 +11,19 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rpn_train.build import build_eval_batches, build_model, open_split
-from rpn_train.config import TrainConfig, from_mapping
+from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import ImageProposals, evaluate, score
+from rpn_train.options import from_mapping
 from rpn_train.recall import boxes_to_xywh
 from rpn_train.stop import StopRequest
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def coco_mini(data_root: Path, batch_size: int = 8) -> TrainConfig:
-    """coco_mini at a size that a CPU scores in seconds."""
+def config(data_root: Path, batch_size: int = 8, name: str = "coco_mini") -> TrainConfig:
+    """Real images at a size that a CPU scores in seconds."""
+    split = "val2017" if name == "coco_mini" else "val"
     return from_mapping(
         TrainConfig,
         {
@@ -29,11 +31,11 @@ def coco_mini(data_root: Path, batch_size: int = 8) -> TrainConfig:
             "image": {"short_side": 64, "max_side": 96},
             "anchors": {"sizes": [[8], [16], [32], [64], [128]]},
             "dataset": {
-                "format": "coco",
-                "root": str(data_root / "coco_mini"),
-                "val": {"split": "val2017"},
+                "format": name[:4].removesuffix("_"),
+                "root": str(data_root / name),
+                "val": {"split": split},
             },
-            "eval": {"batch_size": batch_size, "max_proposals": [10, 100, 300]},
+            "eval": {"batch_size": batch_size, "max_proposals": [10, 100]},
         },
     )
 
@@ -49,7 +51,7 @@ def propose(cfg: TrainConfig) -> tuple[list[ImageProposals], object]:
 
 def test_figures_are_those_of_cocoeval(data_root: Path) -> None:
     """Real images, crowds and all, with the proposals of an untrained network."""
-    cfg = coco_mini(data_root)
+    cfg = config(data_root)
     found, index = propose(cfg)
     ours = score(found, index, cfg.eval.max_proposals).recall
     results = [
@@ -66,12 +68,12 @@ def test_figures_are_those_of_cocoeval(data_root: Path) -> None:
         scorer.accumulate()
     theirs = scorer.eval["recall"][:, 0]  # [T, A, N]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
-    assert 0.01 < ours[:, 0, 2].mean() < 0.9  # there was something to compare
+    assert 0.01 < ours[:, 0, 1].mean() < 0.9  # there was something to compare
 
 
 def test_proposals_do_not_depend_on_the_batch_size(data_root: Path) -> None:
-    one, _ = propose(coco_mini(data_root, batch_size=1))
-    many, _ = propose(coco_mini(data_root, batch_size=8))
+    one, _ = propose(config(data_root, 1, "voc_mini"))
+    many, _ = propose(config(data_root, 8, "voc_mini"))
     for a, b in zip(one, many, strict=True):
         assert a.row == b.row
         # a different order of sums may swap two proposals of nearly equal logit: compare the best
@@ -79,7 +81,7 @@ def test_proposals_do_not_depend_on_the_batch_size(data_root: Path) -> None:
 
 
 def test_a_stop_request_ends_an_evaluation(data_root: Path) -> None:
-    cfg = coco_mini(data_root)
+    cfg = config(data_root)
     index, read = open_split(cfg.dataset, "val", cfg.seed)
     stop = StopRequest()
     stop.signal = 15
@@ -89,7 +91,7 @@ def test_a_stop_request_ends_an_evaluation(data_root: Path) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_leaves_the_mode_of_the_model(data_root: Path, training: bool) -> None:
-    cfg = coco_mini(data_root)
+    cfg = config(data_root)
     index, read = open_split(cfg.dataset, "val", cfg.seed)
     stop = StopRequest()
     stop.signal = 15  # after the first image

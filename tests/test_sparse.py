@@ -37,7 +37,7 @@ def outputs_and_gradients(model: RPN, images: Tensor, at: Tensor, sparse: bool) 
 
 @pytest.mark.parametrize(
     ("backbone", "num_convs", "levels"),
-    [("resnet18_fpn", 1, 2), ("resnet18_fpn", 2, 1), ("resnet18_c4", 1, 1), ("resnet18_c4", 2, 1)],
+    [("resnet18_fpn", 1, 2), ("resnet18_fpn", 2, 2), ("resnet18_c4", 1, 1), ("resnet18_c4", 2, 1)],
 )
 def test_values_and_gradients_are_those_of_the_dense_path(
     backbone: str, num_convs: int, levels: int

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from rpn_train import checkpoint
 from rpn_train import train as train_module
-from rpn_train.config import TrainConfig, from_mapping
+from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.errors import CheckpointError, DivergedError
+from rpn_train.options import from_mapping
 from rpn_train.step import training_step
 from rpn_train.train import train
 
@@ -106,6 +108,8 @@ def test_a_run_folder_holds_what_it_should(whole: Path) -> None:
     recall = json.loads((whole / "recall.json").read_text())
     assert (recall["num_images"], recall["step"]) == (3, 6)
     assert list((whole / "tensorboard").iterdir())
+    stored = yaml.safe_load((whole / "config.yaml").read_text())
+    assert from_mapping(TrainConfig, stored) == config()
     best = checkpoint.load(whole / "checkpoints" / "best.pt")
     assert best["best_ar_100"] == max(line.get("val/ar_100", -1) for line in metrics(whole))
 

@@ -28,7 +28,7 @@ def load_arrays(path: Path) -> Any:
             return _Unpickler(file, encoding="latin1").load()
     except _RefusedError as error:
         raise DataError(
-            f"{path}: expected a pickle of arrays and plain containers, got {error}"
+            f"{path}: expected a pickle of arrays in plain containers, got {error}"
         ) from error
     except Exception as error:  # a torn or foreign file can break the reader in any way
         raise DataError(

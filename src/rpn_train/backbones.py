@@ -5,22 +5,19 @@ pyramid on top (`fpn`), under the state-dict keys of torchvision's detectors.
 """
 
 import difflib
-import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import get_model, get_model_weights
+from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth
 
 from rpn_train.errors import CheckpointError, ConfigError
+from rpn_train.weights import load_body, read_weights
 
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 
@@ -181,7 +178,7 @@ def _from_torchvision(
     children `stage_ends`, the last `len(channels)` are read, and put out so many channels.
     `norm_eps` is None where the network has no batch norm.
     """
-    state = None if weights is None else _read_weights(arch, weights)
+    state = None if weights is None else read_weights(arch, weights)
     norm_layer = None if norm_eps is None else partial(_NORMS[norm], eps=norm_eps)
     network = get_model(arch, **({"norm_layer": norm_layer} if norm_layer else {}))
     for module in network.modules():
@@ -192,60 +189,8 @@ def _from_torchvision(
     levels = {end: end for end in stage_ends[-len(channels) :]}
     body = IntermediateLayerGetter(network.get_submodule(trunk), levels)
     if state is not None:
-        _load_body(body, state, trunk=trunk, what=f"'{weights}' in {arch} with norm '{norm}'")
+        load_body(body, state, trunk=trunk, what=f"'{weights}' in {arch} with norm '{norm}'")
     return Backbone(body, channels=channels, stage_ends=stage_ends, channels_last=channels_last)
-
-
-def _read_weights(arch: str, weights: str) -> dict[str, Tensor]:
-    """Read the state dict that a file holds or a name of torchvision's stands for."""
-    named = get_model_weights(arch).__members__
-    if weights not in named:
-        if not Path(weights).is_file():
-            expected = " | ".join(map(repr, named))
-            raise CheckpointError(
-                f"backbone.weights: expected {expected} or a file, got '{weights}'"
-            )
-        return _read_state_dict(Path(weights))
-    url = named[weights].url
-    path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
-    if path.is_file():
-        return _read_state_dict(path)
-    try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
-    except (OSError, RuntimeError) as error:  # no network; a wrong hash
-        raise CheckpointError(
-            f"backbone.weights: '{weights}' is not at {path} and cannot be downloaded ({error}): "
-            f"put {path.name} there or give backbone.weights=FILE"
-        ) from error
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a file that holds nothing but names and tensors."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can break the reader in any way
-        raise CheckpointError(
-            f"backbone.weights: expected a state dict, cannot read {path} ({type(error).__name__})"
-        ) from error
-    pairs = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
-        raise CheckpointError(
-            f"backbone.weights: expected a state dict, names to tensors and no more, in {path}"
-        )
-    return state
-
-
-def _load_body(body: nn.ModuleDict, state: Mapping[str, Tensor], *, trunk: str, what: str) -> None:
-    """Copy the weights of the body's own children; those of a classifier, say, are left over."""
-    children = tuple(f"{trunk}.{child}.".removeprefix(".") for child in body)
-    whole = nn.ModuleDict({trunk: body}) if trunk else body
-    try:
-        whole.load_state_dict({k: v for k, v in state.items() if k.startswith(children)})
-    except RuntimeError as error:
-        reasons = "; ".join(textwrap.shorten(line, 150) for line in str(error).splitlines()[1:4])
-        raise CheckpointError(f"backbone.weights: cannot load {what}: {reasons}") from error
 
 
 def _from_timm(arch: str, *, weights: str | None, norm: Norm) -> Backbone:

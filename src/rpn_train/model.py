@@ -63,7 +63,8 @@ class RPNHead(nn.Module):
             feature: [B, C, H, W], what goes into the convolutions `before` (see `stack_at`).
             rows, columns: int64 [B, S].
         """
-        stack = [*before, *((block[0], True) for block in self.conv)]
+        convs = (cast(nn.Sequential, block)[0] for block in self.conv)
+        stack = [*before, *((cast(nn.Conv2d, conv), True) for conv in convs)]
         hidden = stack_at(feature, rows, columns, stack)  # [B * S, C, 1, 1]
         logits, deltas = self._branches(hidden)
         return logits.unflatten(0, rows.shape), deltas.unflatten(0, rows.shape)
@@ -142,7 +143,7 @@ class RPN(nn.Module):
         return Outputs(logits.float(), deltas.float())
 
     def _num_sparse(self, merged: list[Tensor], slots: int) -> int:
-        """How many of the fine levels take fewer multiplications at `slots` cells than everywhere."""
+        """How many fine levels take fewer multiplications at `slots` cells than everywhere."""
         convs = len(cast(RPNHead, self.rpn["head"]).conv) + len(self.backbone.last_convolutions(0))
         at_slots = slots * sum((2 * i + 1) ** 2 for i in range(convs))
         # the last level of a pyramid is subsampled to one more, which needs all of it

@@ -16,7 +16,7 @@ to `offsets[i + 1]`.
     file_name_offsets    int64 [N + 1], name of image i: file_name_offsets[i] to [i + 1]
     offsets              int64 [N + 1], from 0 to P
     boxes                float32 [P, 4] xyxy
-    logits               float32 [P], any score will do: higher is better, 0 nothing special
+    logits               float32 [P], higher is better; from others, any score will do
 
 A folder of `.npz`: one file for each image, named like it (`a.npz` for `a.jpg`), with `boxes`
 [K, 4] xyxy and `scores` [K]. Read only.
@@ -44,7 +44,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rpn_train.errors import ConfigError
+from rpn_train.errors import ConfigError, DataError
 from rpn_train.recall import boxes_to_xywh
 
 
@@ -57,6 +57,9 @@ class NamedProposals:
         file_name: as annotated.
         boxes: float32 [K, 4] xyxy px of the image as stored.
         logits: float32 [K], best first.
+
+    Raises:
+        DataError: NaN or infinity, such as a network gives whose weights overflow.
     """
 
     image_id: int
@@ -67,7 +70,8 @@ class NamedProposals:
     def __post_init__(self) -> None:
         assert self.boxes.shape == (len(self.logits), 4)
         assert self.boxes.dtype == self.logits.dtype == np.float32
-        assert np.isfinite(self.boxes).all()
+        if not (np.isfinite(self.boxes).all() and np.isfinite(self.logits).all()):
+            raise DataError(f"image {self.file_name!r}: expected finite proposals to write")
         assert (np.diff(self.logits) <= 0).all(), "the order of the file is the ranking"
 
 

@@ -181,7 +181,6 @@ def _read_pickle(path: Path, index: Index, match: Match) -> _Found:
 
 
 def _from_detectron2(path: Path, content: dict[Any, Any], match: Match) -> _Found:
-    content = {"bbox_mode": 0} | content  # as Detectron2 takes it
     for old, name in (("indexes", "ids"), ("scores", "objectness_logits")):  # Detectron's
         if old in content:
             content[name] = content.pop(old)
@@ -192,7 +191,7 @@ def _from_detectron2(path: Path, content: dict[Any, Any], match: Match) -> _Foun
             f"{path}: expected Detectron2's lists ids, boxes and objectness_logits, "
             f"all of the same length, got {', '.join(map(str, content)) or 'nothing'}"
         )
-    mode = content["bbox_mode"]
+    mode = content.setdefault("bbox_mode", 0)  # as Detectron2 takes it
     if type(mode) is not int or mode not in (0, 1):
         raise DataError(f"{path}: expected bbox_mode 0 (xyxy) or 1 (xywh), got {mode!r}")
     keys = _checked_keys(path, columns[0], match)
@@ -231,8 +230,8 @@ def _joined(
 
 def _load_npz(path: Path, names: Sequence[str]) -> list[_Numbers]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file[name] for name in names]
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
     except KeyError as error:
         raise DataError(f"{path}: expected arrays {', '.join(names)}: {error.args[0]}") from error
     except Exception as error:  # a torn or foreign file can break the reader in any way

@@ -108,12 +108,11 @@ class Recall:
     """What `score_recall` found.
 
     Args:
-        max_proposals: the N of recall@N, as asked for.
+        max_proposals: the N of recall@N.
         recall: [T, A, N] float64, IoU threshold x size x max_proposals. NaN where there is no
             object of the size (COCOeval says -1).
         num_images: all images, those without objects or proposals included.
-        num_objects: objects of each size, ignored ones not counted. An area on the border of two
-            sizes counts in both.
+        num_objects: of each size, ignored ones left out; an area on a border counts in both.
         matched_rank: [T, M] int32, rank (from 0) within its image of the proposal that found each
             object, all sizes together, at the largest N; -1 if none did. Under "coco" the share of
             `0 <= matched_rank < N` is recall@N for every N, under "greedy" for the largest only.

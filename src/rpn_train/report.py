@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
-from rpn_train.config import TrainConfig, differences, to_mapping
+from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch, EvalBatches
 from rpn_train.data.index import Index
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import ImageProposals, evaluate, score
 from rpn_train.figures import draw_anchors, draw_detections
+from rpn_train.options import differences, to_mapping
 from rpn_train.recall import SIZES, Recall
 from rpn_train.run_log import RunLog, memory_mb, write_json
 from rpn_train.run_state import RunState, save

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -129,6 +130,11 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a YAML file whole or not at all."""
+    write_text(path, yaml.safe_dump(dict(values), sort_keys=False))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -11,10 +11,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rpn_train import checkpoint
 from rpn_train.build import build_model
-from rpn_train.config import TrainConfig, differences, to_mapping
+from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.errors import CheckpointError
 from rpn_train.model import RPN
+from rpn_train.options import differences, to_mapping
 from rpn_train.run_log import truncate_lines
 from rpn_train.schedule import build_optimizer
 

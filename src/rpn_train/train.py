@@ -8,8 +8,9 @@ from rpn_train.build import build_eval_batches, build_planner, open_split
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import TrainBatches, load
 from rpn_train.distributed import Ranks
+from rpn_train.options import to_mapping
 from rpn_train.report import describe_run, finish_run, log_evaluation, log_step, log_training_batch
-from rpn_train.run_log import RunLog
+from rpn_train.run_log import RunLog, write_yaml
 from rpn_train.run_state import build_state, resume, save
 from rpn_train.schedule import lr_at
 from rpn_train.step import Clock, drain, prepare_network, training_step
@@ -41,6 +42,9 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     eval_every, save_every = cfg.eval_every or epoch, cfg.save_every or epoch
     changed = resume(state, cfg, folder, ranks)
     first, pieces = state.step + 1, cfg.schedule.accumulate
+    if ranks.is_main:  # not before: a folder that cannot be resumed stays as it was
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(folder / "config.yaml", to_mapping(cfg))
     log = RunLog(folder if ranks.is_main else None, total=total, first=first)
     describe_run(log, cfg, state, changed, index, val_index, total, ranks)
     eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)

@@ -24,9 +24,7 @@ def read_image(path: Path, *, upright: bool = False) -> Tensor:
     if not path.is_file():
         raise DataError(f"expected an image, got nothing at {path}")
     try:
-        image = decode_image(
-            str(path), mode=ImageReadMode.RGB, apply_exif_orientation=upright
-        )
+        image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=upright)
     except RuntimeError as error:
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])  # of torchvision's build
         raise DataError(f"{path}: expected a readable image, got: {reason}") from error

@@ -1,0 +1,141 @@
+"""What a person typed, composed by Hydra with the files of `configs/`, made one configuration.
+
+No Hydra or OmegaConf object goes further than this module.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rpn_train.config import TrainConfig
+from rpn_train.errors import ConfigError
+from rpn_train.options import from_mapping, to_mapping, unknown_key, walk
+
+CONFIGS = Path(__file__).parent / "configs"  # in an installed package
+if not CONFIGS.is_dir():
+    CONFIGS = Path(__file__).parents[2] / "configs"  # in the source tree
+
+
+def readable(argument: str) -> str:
+    """A path with ~ expanded, in quotes where Hydra's grammar asks for them: a=b, (1), ü."""
+    key, _, value = argument.partition("=")
+    texts = {name for name, hint, *_ in walk(TrainConfig) if hint in (str, str | None)}
+    if key not in texts:
+        return argument
+    value = os.path.expanduser(value)
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        value = quoted(value)
+    return f"{key}={value}"
+
+
+def quoted(text: str) -> str:
+    """A value that Hydra's grammar reads as this very text."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def parse(typed: Sequence[str], *, sweep: bool = False) -> list[Override]:
+    """The typed overrides; what is no KEY=VALUE of a known key or group is refused here."""
+    known = {name for name, *_ in walk(TrainConfig)}
+    sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
+    overrides = []
+    for text in typed:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            override = None
+        # all keys exist, so there is nothing to add (+KEY), to delete (~KEY) or to move (@)
+        if not override or override.type is not OverrideType.CHANGE or override.package:
+            raise ConfigError(
+                f"expected KEY=VALUE or GROUP=CHOICE, got {text!r}; rpn-train --help lists them"
+            )
+        if override.key_or_group not in known | sections | {"experiment"}:
+            raise ConfigError(unknown_key(override.key_or_group, TrainConfig))
+        if not override.is_sweep_override():
+            _check_choice(override.key_or_group, override.value())
+        elif not sweep or override.key_or_group == "output_dir":
+            raise ConfigError(
+                f"{override.key_or_group}: expected one value, got several: {text!r}; "
+                "rpn-train -m makes a run of each, quotes within quotes make one value of them"
+            )
+        overrides.append(override)
+    return overrides
+
+
+def _check_choice(key: str, choice: Any) -> None:
+    """Refuse what is no choice of a group."""
+    offered = groups().get(key)
+    if offered is None or choice in offered:
+        return
+    if key == "backbone":
+        if str(choice).startswith("timm:"):
+            return
+        offered = [*offered, "timm:<name>"]
+    close = difflib.get_close_matches(str(choice), offered, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ConfigError(f"{key}: expected {' | '.join(map(repr, offered))}, got {choice!r}{hint}")
+
+
+def groups() -> dict[str, list[str]]:
+    """The groups and their choices: the folders of configs/ and the files in them."""
+    folders = sorted(path for path in CONFIGS.iterdir() if path.is_dir())
+    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folders}
+
+
+def compose(typed: Sequence[str]) -> dict[str, Any]:
+    """Plain nested data: defaults, then files, then what was typed."""
+    # networks of timm have no file of their own
+    typed = [
+        a.replace("backbone=timm:", "backbone.name=timm:", 1)
+        if a.startswith("backbone=timm:")
+        else a
+        for a in typed
+    ]
+    ConfigStore.instance().store(name="schema", node=to_mapping(TrainConfig()))
+    try:
+        with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+            composed = hydra_compose("train", overrides=[*typed])
+        return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def lay_over(
+    base: dict[str, Any], overrides: Sequence[Override], typed: Sequence[str]
+) -> TrainConfig:
+    """A stored configuration with exactly the typed keys and groups replaced.
+
+    A typed group (dataset=voc) replaces its whole section, a typed key only itself; an experiment
+    replaces everything.
+    """
+    composed = compose(typed)
+    if any(o.key_or_group == "experiment" for o in overrides):
+        return from_mapping(TrainConfig, composed)
+    for override in overrides:
+        *path, last = override.key_or_group.split(".")
+        target, source = base, composed
+        for part in path:
+            target, source = target.setdefault(part, {}), source[part]
+        target[last] = source[last]
+    return from_mapping(TrainConfig, base)
+
+
+def sweep_values(text: str, override: Override) -> list[str]:
+    """KEY=VALUE for each value of KEY=VALUE,VALUE,..."""
+    try:
+        values = list(cast(Any, override).sweep_string_iterator())
+    except HydraException as error:  # glob(*)
+        raise ConfigError(f"expected KEY=VALUE,VALUE,..., got {text!r}") from error
+    return [f"{override.key_or_group}={value}" for value in values]
