@@ -208,7 +208,7 @@ def compare(cfg: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     figures: dict[str, dict[str, float]] = {}
     for i, side in enumerate(SIDES):
         limits = cfg.eval.max_proposals
-        recall = score(found[i], val_index, limits).figures()
+        recall = score(found[i], val_index, cfg.eval).figures()
         keys = [*(f"ar_{n}" for n in limits), f"recall_{max(limits)}_iou50"]
         figures[side] = {key: recall[key] for key in keys} | {
             "mean_loss": float(measured[:, i, :2].sum(axis=1).mean()),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from rpn_train import checkpoint, cli
+from rpn_train import checkpoint, cli, cli_trained
 from rpn_train.build import build_model
 from rpn_train.compose import groups, lay_over, parse
 from rpn_train.config import TrainConfig
@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def call(
         command: Callable[[Sequence[str]], int], *arguments: str | Path
     ) -> tuple[int, str, str]:
-        code = cli._guarded(command, [str(a) for a in arguments])
+        code = cli.guarded(command, [str(a) for a in arguments])
         return (code, *capsys.readouterr())
 
     return call
@@ -276,7 +276,7 @@ def test_help_lists_every_key_and_choice(run: Run) -> None:
         assert f"\n  {group}={', '.join(choices)}\n" in page
     assert "  augment.flip=0.5\n      probability of a horizontal flip (number, at least 0," in page
     assert "  anchors.sizes=[[32.0], [64.0], [128.0], [256.0], [512.0]]\n" in page
-    code, page, fault = run(cli._eval, "--help")
+    code, page, fault = run(cli_trained._eval, "--help")
     assert (code, fault) == (0, "")
     assert page.startswith("usage: rpn-eval checkpoint=")
 
@@ -539,7 +539,7 @@ def save_run(folder: Path) -> TrainConfig:
 
 def test_eval(run: Run, tmp_path: Path) -> None:
     save_run(tmp_path / "run")
-    code, out, fault = run(cli._eval, f"checkpoint={tmp_path / 'run'}")
+    code, out, fault = run(cli_trained._eval, f"checkpoint={tmp_path / 'run'}")
     assert (code, fault) == (0, "")
     assert out.startswith(f"{tmp_path}/run/checkpoints/last.pt, step 0, 3 images of val\n")
     figures = json.loads((tmp_path / "run" / "eval" / "recall.json").read_text())
@@ -548,7 +548,7 @@ def test_eval(run: Run, tmp_path: Path) -> None:
     # typed keys take the place of stored ones; a file is as good as a folder
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     typed = ["eval.split=train", "eval.max_proposals=[7]", f"output_dir={tmp_path / 'out'}"]
-    code, out, fault = run(cli._eval, f"checkpoint={last}", *typed)
+    code, out, fault = run(cli_trained._eval, f"checkpoint={last}", *typed)
     assert (code, fault) == (0, "")
     figures = json.loads((tmp_path / "out" / "recall.json").read_text())
     assert figures["num_images"] == 2
@@ -557,15 +557,17 @@ def test_eval(run: Run, tmp_path: Path) -> None:
 
 def test_faults_of_eval(run: Run, tmp_path: Path) -> None:
     def fault(*typed: str) -> str:
-        code, out, err = run(cli._eval, *typed)
+        code, out, err = run(cli_trained._eval, *typed)
         assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         return err.removeprefix("error: ").strip().replace(str(tmp_path), "TMP")
 
-    once = "expected checkpoint=RUN_FOLDER_OR_FILE once, got it {} times; rpn-eval --help says more"
-    assert fault() == once.format(0)
-    assert fault("checkpoint=a", "checkpoint=b") == once.format(2)
+    either = "expected checkpoint=RUN_FOLDER_OR_FILE or proposals=FILE, one of the two; "
+    assert fault() == f"{either}rpn-eval --help says more"
+    assert fault("checkpoint=a", "checkpoint=b") == (
+        "checkpoint: expected once, got it several times"
+    )
     given = f"checkpoint={tmp_path / 'run'}"
     nothing = "expected a run folder or a checkpoint, got nothing at TMP/run"
     assert fault(given) == nothing

@@ -339,7 +339,7 @@ def of_device(value: Any) -> tuple[int, bool]:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         processes = cli.num_processes(cfg)
         try:
-            cli._check_device(cfg)
+            cli.check_device(cfg)
         except ConfigError:
             return processes, False
         return processes, True

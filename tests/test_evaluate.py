@@ -53,7 +53,7 @@ def test_figures_are_those_of_cocoeval(data_root: Path) -> None:
     """Real images, crowds and all, with the proposals of an untrained network."""
     cfg = config(data_root)
     found, index = propose(cfg)
-    ours = score(found, index, cfg.eval.max_proposals).recall
+    ours = score(found, index, cfg.eval).recall
     results = [
         {"image_id": int(index.image_ids[f.row]), "category_id": 1, "bbox": box, "score": s}
         for f in found

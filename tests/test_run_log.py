@@ -10,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rpn_train.recall import ObjectArrays, ProposalArrays, score_recall
-from rpn_train.report import flatten, recall_table
+from rpn_train.recall_report import recall_table
+from rpn_train.report import flatten
 from rpn_train.run_log import RunLog, truncate_lines, write_json
 
 

@@ -10,6 +10,7 @@ from rpn_train.backbones import build_backbone
 from rpn_train.config import DatasetConfig, SplitConfig, TrainConfig
 from rpn_train.data.batch import EvalBatches, ReadImage
 from rpn_train.data.coco import read_coco
+from rpn_train.data.files import index_files
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Planner
 from rpn_train.data.shapes import FIRST_VAL, draw_row, shapes_index
@@ -85,6 +86,13 @@ def open_split(dataset: DatasetConfig, which: str, seed: int) -> tuple[Index, Re
             keep_empty=keep_empty,
         )
     return index, lambda row: read_image(index.path(row))
+
+
+def open_files(pattern: str) -> tuple[Index, ReadImage]:
+    """Images without annotations (see `index_files`), upright, and how to read them."""
+    index = index_files(pattern)
+    # not index.path: that refuses links out of the folder, which are the user's own here
+    return index, lambda row: read_image(index.root / index.file_name(row), upright=True)
 
 
 def _open_shapes(dataset: DatasetConfig, which: str, seed: int) -> tuple[Index, ReadImage]:

@@ -1,4 +1,4 @@
-"""The commands. The only module that ends the process.
+"""The command `rpn-train`, and what all commands share. Only the commands end the process.
 
 Exit codes: 0 done, 1 a fault of the program (with a traceback), 2 a fault of the input (one line),
 128 + n stopped by signal n.
@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a fault of the program (with a traceback), 2 a fault of th
 import datetime
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,12 +18,10 @@ from typing import Any
 import torch
 import yaml
 
-from rpn_train import checkpoint
 from rpn_train.compose import compose, groups, lay_over, parse, quoted, readable, sweep_values
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import launched, start
 from rpn_train.errors import CheckpointError, ConfigError, UserError
-from rpn_train.evaluate_checkpoint import evaluate_checkpoint
 from rpn_train.options import describe_range, describe_type, from_mapping, plain, to_mapping, walk
 from rpn_train.report import environment
 from rpn_train.run_log import write_json
@@ -42,37 +41,22 @@ Trains a class-agnostic Region Proposal Network.
   rpn-train ... --config                                print the configuration and stop
 """
 
-_EVAL_USAGE = """\
-usage: rpn-eval checkpoint=RUN_FOLDER_OR_FILE [GROUP=CHOICE] [KEY=VALUE] ...
-
-Scores the proposals of a trained network. The configuration is that of the checkpoint; anything
-typed here, most of all another data set, takes the place of what it says.
-
-  rpn-eval checkpoint=runs/a                            on the validation split of the run
-  rpn-eval checkpoint=runs/a dataset=coco dataset.root=DIR eval.max_proposals=[100,300,1000]
-
-Prints a table and writes recall.json to output_dir (default: eval/ in the run folder).
-`rpn-train --help` lists the keys.
-"""
-
 
 def train_main() -> None:
     """`rpn-train`."""
-    sys.exit(_guarded(_train, sys.argv[1:]))
+    sys.exit(guarded(_train, sys.argv[1:]))
 
 
-def eval_main() -> None:
-    """`rpn-eval`."""
-    sys.exit(_guarded(_eval, sys.argv[1:]))
-
-
-def _guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """The exit code of a command; a fault of the user's is one line."""
     try:
         return command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -127,7 +111,7 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 def _check_run(cfg: TrainConfig) -> None:
     """What only training asks of a configuration, and what it asks of the machine."""
-    _check_device(cfg)
+    check_device(cfg)
     if 100 not in cfg.eval.max_proposals:
         raise ConfigError(
             "eval.max_proposals: expected 100 among them (best.pt is that of the best AR@100), "
@@ -141,7 +125,8 @@ def _check_run(cfg: TrainConfig) -> None:
         )
 
 
-def _check_device(cfg: TrainConfig) -> None:
+def check_device(cfg: TrainConfig) -> None:
+    """Refuse a device that is not there."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: expected a GPU for 'cuda', found none; device=cpu needs none")
 
@@ -154,8 +139,8 @@ def _run(cfg: TrainConfig, folder: Path) -> int:
             print(f"run       {folder}", flush=True)
             write_json(folder / "environment.json", environment(ranks))
         ranks.any(False)  # wait for the folder
-        signal = train(cfg, folder, ranks)
-    return 0 if signal is None else 128 + signal
+        stopped_by = train(cfg, folder, ranks)
+    return 0 if stopped_by is None else 128 + stopped_by
 
 
 def _open_folder(cfg: TrainConfig, folder: Path) -> None:
@@ -169,10 +154,11 @@ def _open_folder(cfg: TrainConfig, folder: Path) -> None:
             f"output_dir: {folder} holds a run already; give resume=auto to go on with it, or "
             "another folder"
         )
-    _make_folder(folder)
+    make_folder(folder)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder to write to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -231,30 +217,6 @@ def num_processes(cfg: TrainConfig) -> int:
 def default_folder(name: str) -> Path:
     """runs/<date>_<time>_<name>."""
     return Path("runs") / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
-
-
-def _eval(arguments: Sequence[str]) -> int:
-    if {"-h", "--help"} & {*arguments}:
-        print(_EVAL_USAGE, end="")
-        return 0
-    given = [a for a in arguments if a.startswith("checkpoint=")]
-    if len(given) != 1:
-        raise ConfigError(
-            f"expected checkpoint=RUN_FOLDER_OR_FILE once, got it {len(given)} times; "
-            "rpn-eval --help says more"
-        )
-    path = checkpoint.find(Path(given[0].removeprefix("checkpoint=")).expanduser())
-    typed = [readable(a) for a in arguments if a not in given]
-    overrides = parse(typed)
-    saved = checkpoint.load(path)
-    cfg = lay_over({**saved["config"], "output_dir": None}, overrides, typed)
-    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
-    folder = Path(cfg.output_dir) if cfg.output_dir else run / "eval"
-    _check_device(cfg)
-    _make_folder(folder)
-    with start(cfg.device) as ranks:
-        evaluate_checkpoint(cfg, saved, path, folder, ranks)
-    return 0
 
 
 def _options() -> str:

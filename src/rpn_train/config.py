@@ -153,6 +153,12 @@ class EvalConfig:
     max_proposals: tuple[int, ...] = option(
         (100, 300, 1000), "the N of recall@N; training needs 100 among them", low=1
     )
+    protocol: Literal["coco", "greedy"] = option(
+        "coco", "how proposals and objects are matched: as COCOeval does, or by IoU alone"
+    )
+    match: Literal["id", "file_name"] = option(
+        "id", "how the entries of a proposal file name their images"
+    )
     batch_size: int = option(
         8, "images per process at a time; the figures do not depend on it", low=1
     )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rpn_train.anchors import grid_anchors
-from rpn_train.config import TrainConfig
+from rpn_train.config import EvalConfig, TrainConfig
 from rpn_train.data.batch import Batch, EvalBatches, load
 from rpn_train.data.index import Index
 from rpn_train.distributed import Ranks
@@ -77,16 +77,21 @@ def in_stored_pixels(
         yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy())
 
 
-def score(found: list[ImageProposals], index: Index, max_proposals: tuple[int, ...]) -> Recall:
-    """Recall of the proposals of all images of a split, in order, by the COCO definition."""
+def score(found: list[ImageProposals], index: Index, cfg: EvalConfig) -> Recall:
+    """Recall of the proposals of all images of a split, in order."""
     assert [f.row for f in found] == list(range(len(index)))
     proposals = ProposalArrays(
         boxes_to_xywh(np.concatenate([f.boxes for f in found])),
         np.concatenate([f.logits for f in found]).astype(np.float64),
         np.cumsum([0, *(len(f.logits) for f in found)]),
     )
+    return score_arrays(proposals, index, cfg)
+
+
+def score_arrays(proposals: ProposalArrays, index: Index, cfg: EvalConfig) -> Recall:
+    """Recall of the objects of a split, by the protocol that is asked for."""
     objects = ObjectArrays(index.boxes_xywh, index.areas, index.ignore, index.box_offsets)
-    return score_recall(proposals, objects, max_proposals=max_proposals)
+    return score_recall(proposals, objects, max_proposals=cfg.max_proposals, protocol=cfg.protocol)
 
 
 def evaluate(

@@ -1,12 +1,9 @@
 """What a run says of itself at its start, along the way and at its end."""
 
 import json
-import math
 import platform
-import re
 import subprocess
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ from rpn_train.distributed import Ranks
 from rpn_train.evaluate import ImageProposals, evaluate, score
 from rpn_train.figures import draw_anchors, draw_detections
 from rpn_train.options import differences, to_mapping
-from rpn_train.recall import SIZES, Recall
+from rpn_train.recall import Recall
+from rpn_train.recall_report import recall_table
 from rpn_train.run_log import RunLog, memory_mb, write_json
 from rpn_train.run_state import RunState, save
 from rpn_train.step import HISTORY, Clock
@@ -129,7 +127,7 @@ def log_evaluation(
     state.evaluated = state.step
     if not ranks.is_main:
         return
-    recall = score(found, batches.index, cfg.eval.max_proposals)
+    recall = score(found, batches.index, cfg.eval)
     figures = recall.figures()
     log.metrics(state.step, {f"val/{k}": v for k, v in figures.items() if not k.startswith("num_")})
     log_pictures(log, recall, found, batches, cfg.eval.pictures, state.step)
@@ -185,29 +183,6 @@ def finish_run(
         log.line(f"best AR@100 {state.best_ar_100:.4f}; weights in {folder / 'checkpoints'}")
         log.line(f"look at it: tensorboard --logdir {folder / 'tensorboard'}")
     log.close()
-
-
-def recall_table(figures: Mapping[str, float | None]) -> str:
-    """Figures of `Recall.figures`, or of recall.json, as a table: a column for each size."""
-    sizes = {size: "" if size == "all" else f"_{size}" for size in SIZES}
-    limits = [int(key.removeprefix("ar_")) for key in figures if re.fullmatch(r"ar_\d+", key)]
-    labels = {
-        f"{label}@{n}{iou}": key
-        for n in limits
-        for label, key, iou in (
-            ("AR", f"ar_{n}", ""),
-            ("R", f"recall_{n}_iou50", ", IoU .5"),
-            ("R", f"recall_{n}_iou70", ", IoU .7"),
-        )
-    }
-    rows = [f"{'':<18}" + "".join(f"{size:>9}" for size in sizes)]
-    for label, key in labels.items():
-        values = [figures[key + suffix] for suffix in sizes.values()]
-        cells = ["-" if v is None or math.isnan(v) else f"{v:.4f}" for v in values]
-        rows.append(f"{label:<18}" + "".join(f"{cell:>9}" for cell in cells))
-    counts = [figures[f"num_objects{suffix}"] for suffix in sizes.values()]
-    rows.append(f"{'objects':<18}" + "".join(f"{count:>9}" for count in counts))
-    return "\n".join(rows)
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:

@@ -139,10 +139,13 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all; NaN (no such object) becomes null."""
-    plain = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
-    write_text(path, json.dumps(plain, indent=2) + "\n")
+    write_text(path, json.dumps(_without_nan(values), indent=2) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def memory_mb(device: torch.device) -> float:

@@ -1,0 +1,180 @@
+"""The commands `rpn-eval` and `rpn-propose`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rpn_train import checkpoint
+from rpn_train.cli import check_device, guarded, make_folder
+from rpn_train.compose import compose, lay_over, parse, readable
+from rpn_train.config import TrainConfig
+from rpn_train.distributed import start
+from rpn_train.errors import ConfigError
+from rpn_train.options import from_mapping, option
+from rpn_train.trained import evaluate_checkpoint, evaluate_files, propose
+
+_EVAL_USAGE = """\
+usage: rpn-eval checkpoint=RUN_FOLDER_OR_FILE [GROUP=CHOICE] [KEY=VALUE] ...
+       rpn-eval proposals=FILE dataset=CHOICE [KEY=VALUE] ...
+
+Scores proposals: of a trained network, or in files, whoever made them. With a checkpoint the
+configuration is the checkpoint's; anything typed here takes the place of what it says.
+
+  rpn-eval checkpoint=runs/a                            on the validation split of the run
+  rpn-eval checkpoint=runs/a dataset=coco dataset.root=DIR eval.max_proposals=[100,300,1000]
+  rpn-eval proposals=a.json dataset=coco dataset.root=DIR
+  rpn-eval proposals='{mine: a.npz, other: b.pkl}' dataset=voc dataset.root=DIR eval.match=file_name
+
+Files: COCO results (.json), .npz, a folder of .npz, Detectron2's and MMDetection's .pkl.
+eval.protocol=greedy matches by IoU alone, as Detectron2 does.
+Prints a table and writes recall.json, recall.md and curves to output_dir (default: eval/ in the run
+folder, or a folder beside the file). `rpn-train --help` lists the keys.
+"""
+
+_PROPOSE_USAGE = """\
+usage: rpn-propose checkpoint=RUN_FOLDER_OR_FILE output=FILE [images=WHERE] [KEY=VALUE] ...
+
+Writes the proposals of a trained network, best first, in pixels of the images.
+
+  rpn-propose checkpoint=runs/a images=DIR_OR_GLOB_OR_FILE output=proposals.json top=300 draw=DIR
+  rpn-propose checkpoint=runs/a dataset=coco dataset.root=DIR split=train output=train.npz
+
+output=     .json (COCO results), .npz, or .pkl (Detectron2's precomputed proposals)
+images=     a file, a folder or a glob, upright as EXIF says; else the images of the data set
+split=      train or val: of the data set
+top=        most proposals of an image
+min_score=  proposals of a lower probability are left out
+nms=        IoU above which the weaker of two proposals goes
+draw=       folder for a picture of each image
+`rpn-train --help` lists the other keys.
+"""
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """What only `rpn-eval` understands."""
+
+    checkpoint: str | None = option(None, "run folder or checkpoint")
+    proposals: str | None = option(None, "file, or {name: file, ...}")
+
+
+@dataclass(frozen=True)
+class ProposeArguments:
+    """What only `rpn-propose` understands."""
+
+    checkpoint: str | None = option(None, "run folder or checkpoint")
+    output: str | None = option(None, "file to write")
+    images: str | None = option(None, "file, folder or glob")
+    split: str | None = option(None, "train or val")
+    top: int | None = option(None, "most proposals of an image", low=1)
+    min_score: float = option(0.0, "lowest probability", low=0, high=1)
+    nms: float | None = option(None, "IoU", low=0, high=1)
+    draw: str | None = option(None, "folder for pictures")
+
+
+def eval_main() -> None:
+    """`rpn-eval`."""
+    sys.exit(guarded(_eval, sys.argv[1:]))
+
+
+def propose_main() -> None:
+    """`rpn-propose`."""
+    sys.exit(guarded(_propose, sys.argv[1:]))
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(_EVAL_USAGE, end="")
+        return 0
+    own, typed = _split(EvalArguments, arguments)
+    if (own.checkpoint is None) == (own.proposals is None):
+        raise ConfigError(
+            "expected checkpoint=RUN_FOLDER_OR_FILE or proposals=FILE, one of the two; "
+            "rpn-eval --help says more"
+        )
+    if own.proposals is not None:
+        parse(typed)
+        cfg = from_mapping(TrainConfig, compose(typed))
+        files = _named_files(own.proposals)
+        first = next(iter(files.values()))
+        folder = Path(cfg.output_dir) if cfg.output_dir else first.with_name(f"{first.stem}_recall")
+        make_folder(folder)
+        evaluate_files(cfg, files, folder)
+        return 0
+    cfg, saved, path = _trained(own.checkpoint, typed)
+    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+    folder = Path(cfg.output_dir) if cfg.output_dir else run / "eval"
+    make_folder(folder)
+    with start(cfg.device) as ranks:
+        evaluate_checkpoint(cfg, saved, path, folder, ranks)
+    return 0
+
+
+def _propose(arguments: Sequence[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(_PROPOSE_USAGE, end="")
+        return 0
+    own, typed = _split(ProposeArguments, arguments)
+    if own.checkpoint is None or own.output is None:
+        raise ConfigError(
+            "expected checkpoint=RUN_FOLDER_OR_FILE and output=FILE; rpn-propose --help says more"
+        )
+    if own.split is not None:
+        typed.append(f"eval.split={own.split}")
+    if own.nms is not None:
+        typed.append(f"proposals.nms_iou={own.nms}")
+    if own.top is not None:  # the N of a recall that is not taken must not exceed it
+        which = "train" if own.split == "train" else "test"
+        typed += [f"proposals.{which}.post_nms={own.top}", f"eval.max_proposals=[{own.top}]"]
+    cfg, saved, path = _trained(own.checkpoint, typed)
+    output = Path(own.output).expanduser()
+    draw = Path(own.draw).expanduser() if own.draw else None
+    make_folder(output.parent)
+    with start(cfg.device) as ranks:
+        propose(cfg, saved, path, own.images, output, own.min_score, draw, ranks.device)
+    return 0
+
+
+def _trained(where: str | None, typed: Sequence[str]) -> tuple[TrainConfig, dict[str, Any], Path]:
+    """Configuration, under what was typed, state and path of a checkpoint."""
+    assert where is not None
+    path = checkpoint.find(Path(where).expanduser())
+    overrides = parse(typed)
+    saved = checkpoint.load(path)
+    cfg = lay_over({**saved["config"], "output_dir": None}, overrides, typed)
+    check_device(cfg)
+    return cfg, saved, path
+
+
+def _split(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """The arguments that only this command understands, checked, and the others."""
+    names = {f.name for f in fields(kind)}
+    own, typed = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not (equals and key in names):
+            typed.append(readable(argument))
+        elif key in own:
+            raise ConfigError(f"{key}: expected once, got it several times")
+        else:
+            own[key] = value
+    numbers = {"top", "min_score", "nms"}
+    plain = {k: yaml.safe_load(v) if k in numbers else v for k, v in own.items()}
+    return from_mapping(kind, plain), typed
+
+
+def _named_files(text: str) -> dict[str, Path]:
+    """{"": FILE} or, of '{name: FILE, ...}', each under its name."""
+    if not text.startswith("{"):
+        return {"": Path(text).expanduser()}
+    try:
+        named = yaml.safe_load(text)
+    except yaml.YAMLError:
+        named = None
+    if not isinstance(named, dict) or not named:
+        raise ConfigError(f"proposals: expected FILE or '{{name: FILE, ...}}', got {text!r}")
+    return {str(name): Path(str(file)).expanduser() for name, file in named.items()}
