@@ -1,10 +1,13 @@
 """Options: the way there and back, one exact line for every fault, presets that only differ."""
 
 import functools
+import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -27,6 +30,8 @@ from rpn_train.options import (
     unknown_key,
     walk,
 )
+from rpn_train.read_proposals import read_proposals
+from rpn_train.recall import ObjectArrays, ProposalArrays, score_recall
 from rpn_train.schedule import build_optimizer, lr_at
 from rpn_train.targets import assign
 
@@ -332,6 +337,28 @@ def of_box_loss(value: Any) -> float:
     return box_loss(torch.full((1, 1, 4), 0.5), anchor, anchor, yes, kind=value, beta=1.0).item()
 
 
+def of_protocol(value: Any) -> float:
+    """The better proposal lies on both objects, the other on the one that it would take."""
+    objects = np.array([[0.0, 0, 10, 10], [4.0, 0, 10, 10]])
+    proposals = np.array([[2.2, 0, 10, 10], [4.5, 0, 10, 10]])
+    two = np.array([0, 2])
+    truth = ObjectArrays(objects, np.full(2, 100.0), np.zeros(2, bool), two)
+    found = ProposalArrays(proposals, np.array([2.0, 1.0]), two)
+    return float(score_recall(found, truth, max_proposals=(2,), protocol=value).recall[0, 0, 0])
+
+
+def of_match(value: Any) -> str:
+    index, _ = open_split(DatasetConfig(), "val", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.json"
+        row = {"image_id": int(index.image_ids[0]), "bbox": [0, 0, 5, 5], "score": 1}
+        file.write_text(json.dumps([row]))
+        try:
+            return f"{len(read_proposals(file, index, match=value).missing)} missing"
+        except UserError as error:
+            return str(error)
+
+
 def of_device(value: Any) -> tuple[int, bool]:
     cfg = TrainConfig(device=value)
     with pytest.MonkeyPatch.context() as patch:
@@ -356,6 +383,8 @@ CHOICES: dict[str, Callable[[Any], Any]] = {
     "schedule.decay": lambda value: lr_at(
         9, total=10, peak=1.0, warmup=0.0, decay=value, milestones=[0.5], gamma=0.1
     ),
+    "eval.protocol": of_protocol,
+    "eval.match": of_match,
     "eval.split": lambda value: len(open_split(DatasetConfig(), value, 0)[0]),
     "device": of_device,
     "precision": lambda value: str(vars(autocast(value, torch.device("cpu")))),
