@@ -182,7 +182,6 @@ def finish_run(
             log.line(recall_table(json.loads(last.read_text(encoding="utf-8"))))
         log.line(f"best AR@100 {state.best_ar_100:.4f}; weights in {folder / 'checkpoints'}")
         log.line(f"look at it: tensorboard --logdir {folder / 'tensorboard'}")
-    log.close()
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:

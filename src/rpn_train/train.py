@@ -55,7 +55,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     keys = range((first - 1) * pieces, total * pieces)
     loader = load(batches, keys, workers=cfg.workers, pin=ranks.device.type == "cuda")
     clock = Clock()
-    with stop_on_signals() as stop, closing(loader):
+    with closing(log), closing(loader), stop_on_signals() as stop:
         judge = partial(log_evaluation, log, state, cfg, eval_batches, folder, stop, ranks)
         owed = due(state.step, eval_every, total) if state.step else cfg.eval_at_start
         if owed and state.evaluated < state.step:
@@ -81,7 +81,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
                 clock = Clock()
             if stopping:
                 break
-    finish_run(log, state, cfg, folder, total, stop.signal)
+        finish_run(log, state, cfg, folder, total, stop.signal)
     return stop.signal if state.step < total else None
 
 
