@@ -378,12 +378,15 @@ def test_several_processes_are_started_with_what_was_typed(
 ) -> None:
     commands: list[list[str]] = []
 
-    def started(command: list[str], env: dict[str, str]) -> Any:
-        commands.append(command)
-        assert int(env["OMP_NUM_THREADS"]) >= 1
-        return subprocess.CompletedProcess(command, 3)
+    class Started:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            commands.append(command)
+            assert int(env["OMP_NUM_THREADS"]) >= 1
 
-    monkeypatch.setattr(cli.subprocess, "run", started)
+        def wait(self) -> int:
+            return 3
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Started)
     typed = ["devices=2", "device=cpu", "schedule.batch_size=4"]
     assert run(cli._train, *typed, "output_dir=a b=c")[0] == 3
     assert commands[0][1:3] == ["-m", "torch.distributed.run"]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -201,7 +202,19 @@ def _launch(typed: Sequence[str], processes: int) -> int:
     command = [sys.executable, *launcher, "-m", "rpn_train", *typed]
     # one thread pool for each process, not one of all cores for each (torchrun would take 1)
     threads = max(1, (os.cpu_count() or 1) // processes)
-    return subprocess.run(command, env={"OMP_NUM_THREADS": str(threads), **os.environ}).returncode
+    started = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+    came = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if number == signal.SIGTERM:  # to this process alone; Ctrl-C reaches the others by itself
+            started.send_signal(number)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    code = started.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return 128 + came[0] if came else code
 
 
 def num_processes(cfg: TrainConfig) -> int:
