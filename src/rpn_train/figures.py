@@ -22,6 +22,8 @@ BLUE, VERMILLION, GREY = (0, 114, 178), (213, 94, 0), (153, 153, 153)
 MIN_SIDE_PX = 400  # of the long side of a picture: a smaller image is enlarged
 LINES = ((BLUE, "-"), (VERMILLION, "--"), (BLUISH_GREEN, "-."), (ORANGE, ":"))  # of curves, in turn
 
+DRAWN_PROPOSALS = 20  # that callers draw in a picture: more would hide the image
+
 
 def draw_detections(
     image: Tensor,

@@ -17,7 +17,7 @@ from rpn_train.data.batch import Batch, EvalBatches
 from rpn_train.data.index import Index
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import ImageProposals, evaluate, score
-from rpn_train.figures import draw_anchors, draw_detections
+from rpn_train.figures import DRAWN_PROPOSALS, draw_anchors, draw_detections
 from rpn_train.options import differences, to_mapping
 from rpn_train.recall import Recall
 from rpn_train.recall_report import recall_table
@@ -26,8 +26,6 @@ from rpn_train.run_state import RunState, save
 from rpn_train.step import HISTORY, Clock
 from rpn_train.stop import StopRequest
 from rpn_train.targets import Picks
-
-_DRAWN_PROPOSALS = 20  # in a picture: more would hide the image
 
 
 def describe_run(
@@ -156,10 +154,10 @@ def log_pictures(
             batches.read(int(row)),
             gt_boxes=torch.from_numpy(index.boxes_xyxy(row)),
             gt_ignore=torch.from_numpy(index.ignored(row)),
-            proposals=torch.from_numpy(found[row].boxes[:_DRAWN_PROPOSALS]),
+            proposals=torch.from_numpy(found[row].boxes[:DRAWN_PROPOSALS]),
             # by rank: early in a run all scores are low, and nothing would be seen
-            scores=torch.linspace(1, 0.4, len(found[row].logits[:_DRAWN_PROPOSALS])),
-            found=torch.from_numpy((rank >= 0) & (rank < _DRAWN_PROPOSALS)),
+            scores=torch.linspace(1, 0.4, len(found[row].logits[:DRAWN_PROPOSALS])),
+            found=torch.from_numpy((rank >= 0) & (rank < DRAWN_PROPOSALS)),
         )
         log.image(f"proposals/{index.file_name(row)}", step, picture)
 

@@ -7,6 +7,7 @@ lines of an uninterrupted one. What the clock and the machine say stands in `tim
 import json
 import math
 import os
+import resource
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -152,6 +153,4 @@ def memory_mb(device: torch.device) -> float:
     """Most memory used so far, MB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

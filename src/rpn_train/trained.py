@@ -18,14 +18,12 @@ from rpn_train.build import build_eval_batches, build_model, open_files, open_sp
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import evaluate, propose_split, score, score_arrays
-from rpn_train.figures import draw_detections
+from rpn_train.figures import DRAWN_PROPOSALS, draw_detections
 from rpn_train.model import RPN
 from rpn_train.proposal_files import NamedProposals, write_proposals
 from rpn_train.read_proposals import read_proposals
 from rpn_train.recall_report import tell_recall
 from rpn_train.stop import stop_on_signals
-
-_DRAWN_PROPOSALS = 20  # in a picture: more would hide the image
 
 
 def evaluate_checkpoint(
@@ -123,7 +121,7 @@ def trained_model(cfg: TrainConfig, saved: dict[str, Any], path: Path) -> RPN:
 
 def draw_proposals(image: Tensor, boxes: NDArray[np.float32], path: Path) -> None:
     """A picture of an image with its best proposals, as PNG."""
-    boxes = boxes[:_DRAWN_PROPOSALS]
+    boxes = boxes[:DRAWN_PROPOSALS]
     nothing = torch.zeros(0, 4)
     picture = draw_detections(
         image,
