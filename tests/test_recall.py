@@ -60,7 +60,7 @@ def coco(images, annotations):
 
 
 def coco_eval(proposals, objects, max_proposals):
-    """COCOeval's recall [T, A, N], and the rank [T, M] of the match of each object of any size."""
+    """COCOeval's recall [T, A, N], and the rank [T, A, M] of the match of each object of a size."""
     # Ids start at 1: COCOeval stores the id of the match, so that an object with id 0 counts as
     # missed even when found. Ours has no ids.
     num_images = len(objects.offsets) - 1
@@ -83,12 +83,15 @@ def coco_eval(proposals, objects, max_proposals):
         evaluator.params.maxDets = list(max_proposals)
         evaluator.evaluate()
         evaluator.accumulate()
-    rank = np.full((len(IOU_THRESHOLDS), len(truth)), -1)
-    for image in filter(None, evaluator.evalImgs[:num_images]):  # the first size is "all"
+    rank = np.full((len(IOU_THRESHOLDS), len(SIZES), len(truth)), -1)
+    for i, image in enumerate(evaluator.evalImgs):  # sizes one after the other
+        if image is None:
+            continue
         rank_of = {0: -1} | {d: rank for rank, d in enumerate(image["dtIds"])}
         counted = np.array(image["gtIgnore"]) == 0
         columns = np.array(image["gtIds"], int)[counted] - 1
-        rank[:, columns] = np.vectorize(rank_of.get, otypes=[int])(image["gtMatches"][:, counted])
+        matches = np.vectorize(rank_of.get, otypes=[int])(image["gtMatches"][:, counted])
+        rank[:, i // num_images, columns] = matches
     order = [sorted(max_proposals).index(n) for n in max_proposals]
     recall = evaluator.eval["recall"][:, 0][:, :, order]
     return np.where(recall == -1, np.nan, recall), rank
@@ -175,8 +178,8 @@ def test_greedy_equals_the_plain_loop(seed):
         for n, limit in enumerate(LIMITS):
             plain = greedy_recall(proposals, objects, limit, size)
             np.testing.assert_allclose(ours.recall[:, a, n], plain, rtol=0, atol=1e-12)
-    found = (ours.matched_rank >= 0).sum(axis=1)
-    np.testing.assert_allclose(found / ours.num_objects["all"], ours.recall[:, 0, -1])
+    found = (ours.matched_rank >= 0).sum(axis=2)
+    np.testing.assert_allclose(found / [*ours.num_objects.values()], ours.recall[:, :, -1])
 
 
 # Two objects and two proposals, 10 px high, from x = 0; widths and IoUs, best proposal first:
@@ -198,7 +201,7 @@ def test_hand_computed_coco():
     """Proposal 0 takes object 0 up to t = .6, which leaves proposal 1 with nothing."""
     result = score_recall(TWO_PROPOSALS, TWO_OBJECTS, max_proposals=(1, 2))
     assert result.matched_rank.dtype == np.int32
-    assert result.matched_rank.T.tolist() == [[0] * 3 + [1] * 2 + [-1] * 5, [-1] * 10]
+    assert result.matched_rank[:, 0].T.tolist() == [[0] * 3 + [1] * 2 + [-1] * 5, [-1] * 10]
     assert result.num_objects == {"all": 2, "small": 1, "medium": 1, "large": 0}
     figures = result.figures()
     assert len(figures) == 2 * 4 * (1 + 3) + 1 + 4
@@ -216,7 +219,7 @@ def test_hand_computed_coco():
 def test_hand_computed_greedy():
     """Proposal 1 goes to object 0 (.72) first, which leaves proposal 0 to object 1 (.571)."""
     result = score_recall(TWO_PROPOSALS, TWO_OBJECTS, max_proposals=(1, 2), protocol="greedy")
-    assert result.matched_rank.T.tolist() == [[1] * 5 + [-1] * 5, [0] * 2 + [-1] * 8]
+    assert result.matched_rank[:, 0].T.tolist() == [[1] * 5 + [-1] * 5, [0] * 2 + [-1] * 8]
     assert result.figures()["ar_1"] == pytest.approx(0.15)
     assert result.figures()["ar_2"] == pytest.approx(0.35)  # (2 x 1 + 3 x .5) / 10
 
@@ -233,7 +236,7 @@ def test_nothing_at_all(protocol, num_images):
     result = score_recall(proposals, objects, max_proposals=(5,), protocol=protocol)
     assert np.isnan(result.recall).all()
     assert result.recall.shape == (10, 4, 1)
-    assert result.matched_rank.shape == (10, 0)
+    assert result.matched_rank.shape == (10, 4, 0)
     assert (result.num_images, result.num_objects["all"]) == (num_images, 0)
 
 
@@ -247,7 +250,7 @@ def test_objects_in_an_image_without_proposals_are_missed(protocol):
     proposals = ProposalArrays(box, np.zeros(1), np.array([0, 0, 1]))
     result = score_recall(proposals, objects, max_proposals=(1,), protocol=protocol)
     assert (result.recall[:, 0] == 0.5).all()
-    assert result.matched_rank.tolist() == [[-1, 0]] * 10
+    assert result.matched_rank[:, 0].tolist() == [[-1, 0]] * 10
     none = ProposalArrays(NO_BOXES, np.zeros(0), np.zeros(3, np.int64))
     assert (score_recall(none, objects, protocol=protocol).recall[:, 0] == 0).all()
 

@@ -137,7 +137,7 @@ def recall_curves(recall: Recall) -> Figure:
 
     limit = max(recall.max_proposals)
     objects = recall.num_objects["all"] or math.nan
-    found = [np.bincount(rank[rank >= 0], minlength=limit) for rank in recall.matched_rank]
+    found = [np.bincount(rank[rank >= 0], minlength=limit) for rank in recall.matched_rank[:, 0]]
     curves = np.cumsum(found, axis=1) / objects  # [T, limit]
     numbers = np.arange(1, limit + 1)
     for i, t in enumerate((0, 5, 8)):

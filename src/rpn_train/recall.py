@@ -113,9 +113,9 @@ class Recall:
             object of the size (COCOeval says -1).
         num_images: all images, those without objects or proposals included.
         num_objects: of each size, ignored ones left out; an area on a border counts in both.
-        matched_rank: [T, M] int32, rank (from 0) within its image of the proposal that found each
-            object, all sizes together, at the largest N; -1 if none did. Under "coco" the share of
-            `0 <= matched_rank < N` is recall@N for every N, under "greedy" for the largest only.
+        matched_rank: [T, A, M] int32, rank (from 0) within its image of the proposal that found
+            each object among those of the size, at the largest N; -1 if none did. Under "coco" the
+            share of `0 <= matched_rank < N` is recall@N for every N, under "greedy" for the largest.
     """
 
     max_proposals: tuple[int, ...]
@@ -173,14 +173,13 @@ def score_recall(
         raise DataError(f"proposals: expected those of {num_images} images, got {given}")
     in_size = objects.in_size()
     hits = np.zeros((len(IOU_THRESHOLDS), len(SIZES), len(max_proposals)))
-    matched_rank = np.full((len(IOU_THRESHOLDS), len(objects.areas)), -1, np.int32)
+    matched_rank = np.full((len(IOU_THRESHOLDS), *in_size.shape), -1, np.int32)
     for block, pairs in _candidate_pairs(proposals, objects, max(max_proposals)):
         for a, members in enumerate(in_size[:, block]):
             inside = pairs.where(members[pairs.objects])
             ranks = PROTOCOLS[protocol](inside, len(members), max_proposals)  # [N, T, G]
             hits[:, a] += (ranks >= 0).sum(axis=-1).T
-            if a == 0:  # all sizes
-                matched_rank[:, block] = ranks[np.argmax(max_proposals)]
+            matched_rank[:, a, block] = ranks[np.argmax(max_proposals)]
     counts = in_size.sum(axis=1)
     recall = hits / np.where(counts > 0, counts, np.nan)[:, None]
     num_objects = dict(zip(SIZES, counts.tolist(), strict=True))

@@ -149,7 +149,7 @@ def log_pictures(
     index = batches.index
     for row in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
         objects = slice(index.box_offsets[row], index.box_offsets[row + 1])
-        rank = recall.matched_rank[0, objects]  # at IoU 0.5
+        rank = recall.matched_rank[0, 0, objects]  # at IoU 0.5, all sizes
         picture = draw_detections(
             batches.read(int(row)),
             gt_boxes=torch.from_numpy(index.boxes_xyxy(row)),
