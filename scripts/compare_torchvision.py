@@ -35,7 +35,7 @@ from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load
 from rpn_train.distributed import Ranks, start
 from rpn_train.errors import ConfigError, DivergedError, UserError
-from rpn_train.evaluate import ImageProposals, evaluate, in_stored_pixels, score
+from rpn_train.evaluate import as_arrays, ImageProposals, evaluate, in_stored_pixels, score
 from rpn_train.model import RPN, normalize_images
 from rpn_train.options import to_mapping
 from rpn_train.proposals import Proposals
@@ -208,7 +208,7 @@ def compare(cfg: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     figures: dict[str, dict[str, float]] = {}
     for i, side in enumerate(SIDES):
         limits = cfg.eval.max_proposals
-        recall = score(found[i], val_index, cfg.eval).figures()
+        recall = score(as_arrays(found[i], val_index), val_index, cfg.eval).figures()
         keys = [*(f"ar_{n}" for n in limits), f"recall_{max(limits)}_iou50"]
         figures[side] = {key: recall[key] for key in keys} | {
             "mean_loss": float(measured[:, i, :2].sum(axis=1).mean()),

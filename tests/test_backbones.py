@@ -16,9 +16,9 @@ from torchvision.models.detection import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
-from rpn_train import backbones
-from rpn_train.backbones import BACKBONES, Backbone, Norm, build_backbone
+from rpn_train.backbones import BACKBONES, Backbone, build_backbone
 from rpn_train.errors import CheckpointError, ConfigError
+from rpn_train.norms import NORMS, Norm
 
 
 def build(name: str, **options: object) -> Backbone:
@@ -245,7 +245,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == (
         f"backbone.weights: 'IMAGENET1K_V1' is not at {path} and cannot be downloaded "
         "(<urlopen error no route to host>): "
-        "put resnet50-0676ba61.pth there or give backbone.weights=FILE"
+        "put resnet50-0676ba61.pth there, or give a file instead of the name"
     )
 
 
@@ -311,7 +311,7 @@ def test_unknown_weights_and_names() -> None:
 
 
 def test_norms_are_the_literal() -> None:
-    assert set(backbones._NORMS) == set(get_args(Norm)) == set(NORM_CLASSES)
+    assert set(NORMS) == set(get_args(Norm)) == set(NORM_CLASSES)
 
 
 def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpn_train import cli
-from rpn_train.backbones import BACKBONES, Norm, build_backbone
+from rpn_train.backbones import BACKBONES, build_backbone
 from rpn_train.build import open_split
-from rpn_train.config import BackboneConfig, DatasetConfig, TrainConfig
+from rpn_train.config import BackboneConfig, DatasetConfig, TopNConfig, TrainConfig
 from rpn_train.errors import ConfigError, UserError
 from rpn_train.losses import box_loss
 from rpn_train.model import autocast
+from rpn_train.norms import Norm
 from rpn_train.options import (
     describe_range,
     describe_type,
@@ -73,6 +74,11 @@ def test_every_option_has_a_meaning_and_a_default_that_it_accepts() -> None:
         assert metadata["help"], key
         assert read(key, default) == default, key
         assert describe_type(hint), key
+
+
+def test_a_part_of_a_section_keeps_the_rest_of_its_own_default() -> None:
+    cfg = from_mapping(TrainConfig, {"proposals": {"train": {"pre_nms": 7}}})
+    assert cfg.proposals.train == TopNConfig(7, 2000)  # and not the 1000 of TopNConfig()
 
 
 def test_round_trip_through_yaml() -> None:
@@ -206,8 +212,8 @@ FAULTS = {
     },
     "method.bg_iou: expected at most method.fg_iou = 0.2, got 0.3": {"method": {"fg_iou": 0.2}},
     "augment.scale: expected (lowest, highest), got (2.0, 1.0)": {"augment": {"scale": [2, 1]}},
-    "eval.max_proposals: expected at most proposals.test.post_nms = 1000, got 2000": {
-        "eval": {"max_proposals": [100, 2000]}
+    "eval.max_proposals: expected at most proposals.test.post_nms = 2000, got 2001": {
+        "eval": {"max_proposals": [100, 2001]}
     },
     "eval.max_proposals: expected at most proposals.train.post_nms = 2000, got 2001": {
         "eval": {"max_proposals": [2001], "split": "train"}

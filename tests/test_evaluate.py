@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from rpn_train.build import build_eval_batches, build_model, open_split
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
-from rpn_train.evaluate import ImageProposals, evaluate, score
+from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, score
 from rpn_train.options import from_mapping
 from rpn_train.recall import boxes_to_xywh
 from rpn_train.stop import StopRequest
@@ -53,7 +53,7 @@ def test_figures_are_those_of_cocoeval(data_root: Path) -> None:
     """Real images, crowds and all, with the proposals of an untrained network."""
     cfg = config(data_root)
     found, index = propose(cfg)
-    ours = score(found, index, cfg.eval).recall
+    ours = score(as_arrays(found, index), index, cfg.eval).recall
     results = [
         {"image_id": int(index.image_ids[f.row]), "category_id": 1, "bbox": box, "score": s}
         for f in found

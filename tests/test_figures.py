@@ -1,28 +1,29 @@
-import math
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rpn_train.figures import (
+    BLACK,
     BLUISH_GREEN,
+    CAPTION_PX,
+    CELL_PX,
     GREY,
     ORANGE,
     SKY_BLUE,
+    TEXT_PX,
     VERMILLION,
+    ScoredImage,
     contact_sheet,
     draw_anchors,
     draw_detections,
-    figure_to_image,
-    recall_curves,
+    worst_sheet,
 )
-from rpn_train.recall import IOU_THRESHOLDS, SIZES, Recall
 
 IMAGE = torch.full((3, 101, 67), 200, dtype=torch.uint8)  # drawn four times as large: 404 x 268
 NONE = torch.zeros(0, 4)
-BLACK = (0, 0, 0)
 
 
 def detections(**changes: Any) -> Tensor:
@@ -59,6 +60,9 @@ def test_without_found_every_object_is_drawn_as_found() -> None:
     box = torch.tensor([[10.0, 5, 50, 25]])
     picture = detections(gt_boxes=box, gt_ignore=torch.tensor([False]))
     assert colours(picture[:, 60, 40:41]) == [BLUISH_GREEN]
+    small = detections(gt_boxes=box, gt_ignore=torch.tensor([False]), enlarge=False)
+    assert small.shape == IMAGE.shape
+    assert colours(small[:, 15, 9:11]) == [BLACK, BLUISH_GREEN]
 
 
 def test_a_better_proposal_is_less_faint() -> None:
@@ -106,37 +110,81 @@ def test_a_contact_sheet_has_cells_of_the_largest_image() -> None:
     assert contact_sheet([], 2, padding=4).shape == (3, 4, 12)
 
 
-def example(num_objects: int) -> Recall:
-    """Three objects: found by proposal 0 at every IoU, by proposal 2 up to 0.7, and never."""
-    rank = np.full((10, num_objects), -1, np.int32)
-    recall = np.full((10, len(SIZES), 2), math.nan)
-    if num_objects:
-        rank[:, 0] = 0
-        rank[:5, 1] = 2
-        recall[:] = 1 / 3
-        recall[:5, :, 1] = 2 / 3
-    return Recall((1, 5), recall, 1, dict.fromkeys(SIZES, num_objects), rank)
+def scored(height: int, width: int, name: str = "a.jpg") -> ScoredImage:
+    """A grey image with a found, a missed and an ignored object side by side, and a proposal."""
+    boxes = torch.tensor([[0.1, 0.2, 0.3, 0.6], [0.4, 0.2, 0.6, 0.6], [0.7, 0.2, 0.9, 0.6]])
+    pixels = torch.tensor([width, height, width, height])
+    return ScoredImage(
+        file_name=name,
+        image=torch.full((3, height, width), 200, dtype=torch.uint8),
+        gt_boxes=boxes * pixels,
+        gt_ignore=torch.tensor([False, False, True]),
+        found=torch.tensor([True, False, False]),
+        proposals=torch.tensor([[0.1, 0.7, 0.9, 0.9]]) * pixels,
+    )
 
 
-def test_recall_curves_show_the_recall() -> None:
-    by_iou, by_number = recall_curves(example(3)).axes
-    first, second = by_iou.lines
-    np.testing.assert_allclose(first.get_xydata(), np.stack([IOU_THRESHOLDS, [1 / 3] * 10], 1))
-    np.testing.assert_allclose(second.get_ydata(), [2 / 3] * 5 + [1 / 3] * 5)
-    assert second.get_label() == "5 proposals, AR 0.500"
-    iou50, iou75, _, average = by_number.lines
-    assert iou50.get_xdata().tolist() == [1, 2, 3, 4, 5]
-    np.testing.assert_allclose(iou50.get_ydata(), [1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
-    np.testing.assert_allclose(iou75.get_ydata(), [1 / 3] * 5)
-    np.testing.assert_allclose(average.get_ydata(), [1 / 3, 1 / 3, 0.5, 0.5, 0.5])
+def sheet_of(*images: ScoredImage) -> Tensor:
+    return worst_sheet(images, iou=0.5, num_proposals=1000)
 
 
-@pytest.mark.parametrize("num_objects", [3, 0])
-def test_a_figure_becomes_an_image(num_objects: int) -> None:
-    image = figure_to_image(recall_curves(example(num_objects)))
-    assert image.shape == (3, 450, 1100)
-    assert image.dtype == torch.uint8
-    assert (image[:, 0, 0] == 255).all()
-    assert image.min() == 0
-    blue = (image == torch.tensor([0, 114, 178]).reshape(3, 1, 1)).all(0).sum()
-    assert blue > 20  # RGB in this order; without objects, in the legend alone
+def cell(sheet: Tensor, row: int, column: int) -> Tensor:
+    height, width = CAPTION_PX + CELL_PX[1], CELL_PX[0]
+    top = CAPTION_PX + TEXT_PX + row * (height + TEXT_PX)
+    left = TEXT_PX + column * (width + TEXT_PX)
+    return sheet[:, top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize("scale", [0.25, 1, 7])
+def test_on_a_sheet_every_image_fits_its_cell_and_has_its_boxes(scale: float) -> None:
+    """480 x 360 px in a cell, of an image of the same shape: boxes where their shares say."""
+    height, width = round(360 * scale), round(480 * scale)
+    sheet = sheet_of(*[scored(height, width)] * 3, scored(height, width))
+    picture = cell(sheet, 1, 0)[:, CAPTION_PX:]
+    assert picture.shape == (3, 360, 480)
+    for x, colour in ((48, BLUISH_GREEN), (192, VERMILLION), (336, GREY)):
+        row = colours(picture[:, 144, x - 1 : x + 4])
+        assert row == [BLACK, colour, colour, colour, BLACK]
+    assert colours(picture[:, 290, 48:50]) == [SKY_BLUE, (200,) * 3]
+    assert (cell(sheet, 1, 1) == 255).all()
+    assert (cell(sheet, 1, 0) == cell(sheet, 0, 2)).all()
+
+
+def test_an_image_of_another_shape_stands_in_the_middle_of_its_cell() -> None:
+    tall = cell(sheet_of(scored(1800, 600)), 0, 0)[:, CAPTION_PX:]  # drawn 120 px wide
+    grey = (tall[:, 40] == 200).all(0)
+    assert grey.nonzero().flatten().tolist() == list(range(180, 300))
+    wide = cell(sheet_of(scored(3, 1700)), 0, 0)[:, CAPTION_PX:]  # drawn 1 px high
+    assert (wide[:, 3:] == 255).all()
+
+
+def test_the_caption_has_the_ends_of_a_long_name_and_the_count_of_misses() -> None:
+    def caption(name: str) -> Tensor:
+        return cell(sheet_of(scored(36, 48, name)), 0, 0)[:, :CAPTION_PX]
+
+    short, long = caption("a.jpg"), caption("a" + "x" * 300 + "b.jpg")
+    assert torch.equal(long, caption("a" + "x" * 50 + "y" * 200 + "x" * 50 + "b.jpg"))
+    assert not torch.equal(long, caption("a" + "x" * 300 + "c.jpg"))
+    assert torch.equal(short[:, :, 360:], long[:, :, 360:])  # "1 of 2 missed"
+    assert short[:, :, 360:].min() == 0
+    assert (short[:, :, 100:360] == 255).all()
+    assert torch.equal(caption("a\n\udcff"), caption("a??"))  # what cannot be printed
+
+
+def test_an_ignored_object_is_never_counted_as_missed() -> None:
+    def caption(*found: bool) -> Tensor:
+        changed = replace(scored(36, 48), found=torch.tensor(found))
+        return cell(sheet_of(changed), 0, 0)[:, :CAPTION_PX]
+
+    assert torch.equal(caption(True, False, True), caption(True, False, False))
+    assert not torch.equal(caption(True, True, False), caption(True, False, False))
+
+
+def test_the_legend_explains_the_colours_whatever_is_on_the_sheet() -> None:
+    legend = sheet_of()[:, :CAPTION_PX]
+    assert torch.equal(legend, sheet_of(scored(36, 48))[:, :CAPTION_PX])
+    for colour in (BLUISH_GREEN, VERMILLION, GREY, SKY_BLUE):
+        same = (legend == torch.tensor(colour).reshape(3, 1, 1)).all(0).sum()
+        assert same >= (2 * TEXT_PX - 1) * (TEXT_PX - 1)
+    assert not torch.equal(sheet_of(), worst_sheet([], iou=0.5, num_proposals=300))
+    assert not torch.equal(sheet_of(), worst_sheet([], iou=0.7, num_proposals=1000))

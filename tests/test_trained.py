@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from untrained import untrained_run
 
-from rpn_train import checkpoint
-from rpn_train.build import build_model
-from rpn_train.cli import compose_run, guarded
+from rpn_train.cli import guarded
 from rpn_train.cli_trained import _eval, _propose
-from rpn_train.config import TrainConfig
 from rpn_train.data.files import index_files
 from rpn_train.errors import DataError
-from rpn_train.options import to_mapping
-from rpn_train.trained import logit
+from rpn_train.propose import logit
 
 TYPED = [
     *["workers=0", "dataset.shapes.size=[64,96]", "image.short_side=64", "image.max_side=96"],
@@ -28,13 +25,7 @@ DATA = [t for t in TYPED if t.startswith("dataset")]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with an untrained network."""
-    cfg: TrainConfig = compose_run(TYPED)
-    folder = tmp_path_factory.mktemp("run")
-    nothing = {"evaluated": -1, "best_ar_100": -1.0, "history": [], "optimizer": {}, "scaler": {}}
-    weights = build_model(cfg).state_dict()
-    state = {"step": 0, "config": to_mapping(cfg), "model": weights, "ema": None, **nothing}
-    checkpoint.save(state, folder / "checkpoints" / "last.pt")
-    return folder
+    return untrained_run(tmp_path_factory.mktemp("run"), TYPED)
 
 
 @pytest.mark.parametrize("suffix", ["json", "npz", "pkl"])
@@ -52,8 +43,16 @@ def test_a_file_written_and_scored_has_the_figures_of_the_checkpoint(
     assert json.loads((tmp_path / "file" / "recall.json").read_text()) == direct
     assert direct["num_images"] == 5
     assert 0 < direct["ar_100"] < 1
-    with Image.open(tmp_path / "file" / "recall.png") as curves:
-        assert curves.size[0] > 600
+    written = {p.name for p in (tmp_path / "file").iterdir()}
+    assert written == {p.name for p in (tmp_path / "direct").iterdir()} - {"timing.json"}
+    for name in ("recall_by_number.png", "recall_by_iou.png", "worst.png"):
+        with Image.open(tmp_path / "file" / name) as picture:
+            assert picture.size[0] > 600
+    timing = json.loads((tmp_path / "direct" / "timing.json").read_text())
+    assert min(timing["network_ms"], timing["proposals_ms"]) > 0
+    for name in ("recall.md", "images.csv"):
+        assert (tmp_path / "file" / name).read_text() == (tmp_path / "direct" / name).read_text()
+    assert len((tmp_path / "file" / "images.csv").read_text().splitlines()) == 1 + 5
 
 
 def test_files_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,8 +64,11 @@ def test_files_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     figures = json.loads((tmp_path / "recall.json").read_text())
     assert figures["few"]["ar_1000"] < figures["many"]["ar_1000"]
     lines = (tmp_path / "recall.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines] == ["", "---", "few", "many"]
-    assert (tmp_path / "recall_few.png").is_file()
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names == ["proposals", "---", *["few"] * 5, *["many"] * 5]
+    assert (tmp_path / "recall_by_number.png").is_file()
+    assert (tmp_path / "images_few.csv").is_file()
+    assert (tmp_path / "worst_many.png").is_file()
     printed = capsys.readouterr().out.splitlines()
     assert f"{tmp_path}/few.npz: 15 proposals, 5 images" in printed
     assert {"few", "many"} <= {*printed}
@@ -116,7 +118,7 @@ def test_min_score(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "typed", "message"),
     [
-        (_propose, ["output=a.npz"], "expected checkpoint=RUN_FOLDER_OR_FILE and output=FILE"),
+        (_propose, ["output=a.npz"], "expected checkpoint=WHERE and output=FILE"),
         (
             _propose,
             ["checkpoint={run}", "output={tmp}/a.txt"],
@@ -129,7 +131,7 @@ def test_min_score(run: Path, tmp_path: Path) -> None:
             "nms: expected at least 0, at most 1",
         ),
         (_propose, ["checkpoint={run}", "output={tmp}/a.npz", "images={tmp}/no"], "images: expec"),
-        (_eval, [], "expected checkpoint=RUN_FOLDER_OR_FILE or proposals=FILE"),
+        (_eval, [], "expected checkpoint=WHERE or proposals=FILE"),
         (_eval, ["proposals={tmp}/no.json"], "nothing at {tmp}/no.json"),
         (_eval, ["proposals={{a"], "proposals: expected FILE or '{{name: FILE, ...}}'"),
     ],

@@ -5,34 +5,19 @@ pyramid on top (`fpn`), under the state-dict keys of torchvision's detectors.
 """
 
 import difflib
-import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 
-from rpn_train.errors import CheckpointError, ConfigError
+from rpn_train.errors import ConfigError
+from rpn_train.norms import NORMS, Norm
+from rpn_train.timm_body import timm_body
 from rpn_train.weights import load_body, read_weights
-
-Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
-
-
-def _group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
-    """32 groups (Wu and He 2018), or the most below 32 that divide the channels."""
-    return nn.GroupNorm(max(g for g in range(1, 33) if channels % g == 0), channels, eps=eps)
-
-
-_NORMS: dict[Norm, Callable[..., nn.Module]] = {
-    "frozen_bn": FrozenBatchNorm2d,
-    "bn": nn.BatchNorm2d,
-    "sync_bn": nn.SyncBatchNorm,
-    "gn": _group_norm,
-}
 
 
 class Backbone(nn.Module):
@@ -54,6 +39,7 @@ class Backbone(nn.Module):
         channels: Sequence[int],
         stage_ends: Sequence[str] = (),
         channels_last: bool = False,
+        fpn_norm: Norm | None = None,
     ) -> None:
         super().__init__()
         assert len(channels) in (1, 4)
@@ -61,7 +47,9 @@ class Backbone(nn.Module):
         self.out_channels: int = 256 if pyramid else channels[0]
         self.strides: tuple[int, ...] = (4, 8, 16, 32, 64) if pyramid else (16,)
         self.body = body
-        self.fpn = FeaturePyramidNetwork([*channels], 256) if pyramid else None
+        fpn_layer = None if fpn_norm is None else partial(NORMS[fpn_norm], eps=1e-5)
+        self.fpn = FeaturePyramidNetwork([*channels], 256, None, fpn_layer) if pyramid else None
+        self._norm_in_fpn = pyramid and fpn_norm is not None
         self._stage_ends = tuple(stage_ends)
         self._frozen: tuple[str, ...] = ()
         self._channels_last = channels_last
@@ -102,8 +90,13 @@ class Backbone(nn.Module):
         levels = [blocks[i](merged[i]) for i in range(first, len(merged))]
         return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
 
-    def last_convolutions(self, level: int) -> list[tuple[nn.Conv2d, bool]]:
-        """The 3x3 convolutions between `merge` and `finish`, and whether a ReLU follows each."""
+    def last_convolutions(self, level: int) -> list[tuple[nn.Conv2d, bool]] | None:
+        """The 3x3 convolutions between `merge` and `finish`, and whether a ReLU follows each.
+
+        None where there is more in between: a norm, which may need the whole map.
+        """
+        if self._norm_in_fpn:
+            return None
         return [] if self.fpn is None else [(self.fpn.layer_blocks[level][0], False)]
 
     def freeze(self, stages: int) -> None:
@@ -128,7 +121,15 @@ class Backbone(nn.Module):
         return self
 
 
-def build_backbone(name: str, *, weights: str | None, frozen_stages: int, norm: Norm) -> Backbone:
+def build_backbone(
+    name: str,
+    *,
+    weights: str | None,
+    frozen_stages: int,
+    norm: Norm,
+    norm_eps: float | None = None,
+    fpn_norm: Norm | None = None,
+) -> Backbone:
     """Build a backbone by name.
 
     Args:
@@ -141,17 +142,23 @@ def build_backbone(name: str, *, weights: str | None, frozen_stages: int, norm: 
             2, torchvision's 3 trainable layers), and so on to 5, or 4 for C4. For vgg16 the five
             blocks of convolutions: the paper freezes 2. For timm only 0.
         norm: what stands where the network has batch norm; vgg16, convnext_tiny and swin_t have
-            none and ignore it, and the pyramid has none either. `frozen_bn` without weights is the
-            identity. `sync_bn` in a process group trains on GPUs only. timm does not offer `gn`.
+            none and ignore it. `frozen_bn` without weights is the identity. `sync_bn` in a process
+            group trains on GPUs only. timm does not offer `gn`.
+        norm_eps: added to the variance; None: as the network was made. 0 for torchvision's
+            detectors of 2019. Not for timm.
+        fpn_norm: the same of the pyramid; None: no norm there, as in the paper.
 
     Raises:
         ConfigError: there is no such name, or it does not offer what is asked of it.
         CheckpointError: the weights cannot be found, read or fitted to the network.
     """
     if name.startswith("timm:"):
-        backbone = _from_timm(name.removeprefix("timm:"), weights=weights, norm=norm)
+        if norm_eps is not None:
+            raise ConfigError(f"backbone.norm_eps: expected null for timm, got {norm_eps:g}")
+        body, channels, nhwc = timm_body(name.removeprefix("timm:"), weights=weights, norm=norm)
+        backbone = Backbone(body, channels=channels, channels_last=nhwc, fpn_norm=fpn_norm)
     elif name in BACKBONES:
-        backbone = BACKBONES[name](weights=weights, norm=norm)
+        backbone = BACKBONES[name](weights=weights, norm=norm, norm_eps=norm_eps, fpn_norm=fpn_norm)
     else:
         expected = " | ".join(map(repr, [*BACKBONES, "timm:<name>"]))
         close = difflib.get_close_matches(name, BACKBONES, n=1)
@@ -167,19 +174,22 @@ def _from_torchvision(
     trunk: str,
     stage_ends: Sequence[str],
     channels: Sequence[int],
-    norm_eps: float | None,
+    own_eps: float | None,
     channels_last: bool = False,
     weights: str | None,
     norm: Norm,
+    norm_eps: float | None,
+    fpn_norm: Norm | None,
 ) -> Backbone:
     """Cut the torchvision network `arch` after its last stage.
 
     The children of its submodule `trunk` run one after the other. Of the stages, which end with the
     children `stage_ends`, the last `len(channels)` are read, and put out so many channels.
-    `norm_eps` is None where the network has no batch norm.
+    `own_eps` is None where the network has no batch norm.
     """
     state = None if weights is None else read_weights(arch, weights)
-    norm_layer = None if norm_eps is None else partial(_NORMS[norm], eps=norm_eps)
+    eps = own_eps if norm_eps is None else norm_eps
+    norm_layer = None if own_eps is None else partial(NORMS[norm], eps=eps)
     network = get_model(arch, **({"norm_layer": norm_layer} if norm_layer else {}))
     for module in network.modules():
         if isinstance(module, StochasticDepth):
@@ -190,53 +200,21 @@ def _from_torchvision(
     body = IntermediateLayerGetter(network.get_submodule(trunk), levels)
     if state is not None:
         load_body(body, state, trunk=trunk, what=f"'{weights}' in {arch} with norm '{norm}'")
-    return Backbone(body, channels=channels, stage_ends=stage_ends, channels_last=channels_last)
-
-
-def _from_timm(arch: str, *, weights: str | None, norm: Norm) -> Backbone:
-    """Put a pyramid on the last four features of one of timm's networks."""
-    try:
-        import timm
-    except ImportError:
-        raise ConfigError(
-            f"backbone.name: timm:{arch} needs pip install 'rpn-train[timm]'"
-        ) from None
-    norms: dict[Norm, Callable[[Any], Any]] = {
-        "frozen_bn": timm.layers.freeze_batch_norm_2d,
-        "bn": lambda body: body,
-        "sync_bn": timm.layers.convert_sync_batchnorm,
-    }
-    if norm not in norms:
-        expected = " | ".join(map(repr, norms))
-        raise ConfigError(f"backbone.norm: expected {expected} for timm, got '{norm}'")
-    try:
-        body = timm.create_model(
-            arch,
-            features_only=True,
-            out_indices=(-4, -3, -2, -1),
-            pretrained=weights is not None,
-            pretrained_cfg_overlay=None if weights in (None, "DEFAULT") else {"file": weights},
-        )
-    except Exception as error:  # timm's errors have no class in common
-        kind = ConfigError if weights is None else CheckpointError
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
-        raise kind(f"backbone: timm, '{arch}', weights '{weights}': {reason}") from error
-    strides = body.feature_info.reduction()
-    if strides != [4, 8, 16, 32]:
-        raise ConfigError(f"backbone.name: expected strides [4, 8, 16, 32], {arch} has {strides}")
-    for module in body.modules():
-        if isinstance(module, timm.layers.DropPath):
-            module.drop_prob = 0.0  # as in _from_torchvision
-    nhwc = getattr(body, "output_fmt", "NCHW") == "NHWC"  # timm's EfficientNets do not say
-    return Backbone(norms[norm](body), channels=body.feature_info.channels(), channels_last=nhwc)
+    return Backbone(
+        body,
+        channels=channels,
+        stage_ends=stage_ends,
+        channels_last=channels_last,
+        fpn_norm=fpn_norm,
+    )
 
 
 _BASIC = (64, 128, 256, 512)
 _BOTTLENECK = (256, 512, 1024, 2048)
 _LAYERS = ("maxpool", "layer1", "layer2", "layer3", "layer4")
-_resnet = partial(_from_torchvision, trunk="", stage_ends=_LAYERS, norm_eps=1e-5)
+_resnet = partial(_from_torchvision, trunk="", stage_ends=_LAYERS, own_eps=1e-5)
 _resnet_c4 = partial(_resnet, stage_ends=_LAYERS[:-1])
-_features = partial(_from_torchvision, trunk="features", norm_eps=None)
+_features = partial(_from_torchvision, trunk="features", own_eps=None)
 _patches = partial(_features, stage_ends=("0", "1", "3", "5", "7"), channels=(96, 192, 384, 768))
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
@@ -260,7 +238,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
         "mobilenet_v3_large",
         stage_ends=("1", "3", "6", "12", "16"),
         channels=(24, 40, 112, 960),
-        norm_eps=1e-3,
+        own_eps=1e-3,
     ),
     "convnext_tiny_fpn": partial(_patches, "convnext_tiny"),
     "swin_t_fpn": partial(_patches, "swin_t", channels_last=True),

@@ -30,6 +30,8 @@ def build_model(cfg: TrainConfig) -> RPN:
             weights=cfg.backbone.weights,
             frozen_stages=cfg.backbone.frozen_stages,
             norm=cfg.backbone.norm,
+            norm_eps=cfg.backbone.norm_eps,
+            fpn_norm=cfg.backbone.fpn_norm,
         )
         head = partial(RPNHead, num_convs=cfg.method.num_convs, channels=cfg.method.channels)
         return RPN(backbone, anchor_grid(cfg, backbone.strides), head)

@@ -64,7 +64,7 @@ def find(path: Path) -> Path:
     return path
 
 
-def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
+def load_weights(model: nn.Module, weights: dict[str, Any], path: Path | str) -> None:
     """Weights of a checkpoint into a model built from its configuration.
 
     Raises:

@@ -1,31 +1,22 @@
-"""The command `rpn-train`, and what all commands share. Only the commands end the process.
-
-Exit codes: 0 done, 1 a fault of the program (with a traceback), 2 a fault of the input (one line),
-128 + n stopped by signal n.
-"""
+"""The command `rpn-train`."""
 
 import datetime
 import itertools
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
 import yaml
 
 from rpn_train.compose import compose, groups, lay_over, parse, quoted, readable, sweep_values
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import launched, start
-from rpn_train.errors import CheckpointError, ConfigError, UserError
+from rpn_train.errors import CheckpointError, ConfigError
 from rpn_train.options import describe_range, describe_type, from_mapping, plain, to_mapping, walk
 from rpn_train.report import environment
 from rpn_train.run_log import write_json
+from rpn_train.shell import check_device, guarded, launch, make_folder, num_processes
 from rpn_train.train import train
 
 _USAGE = """\
@@ -48,21 +39,6 @@ def train_main() -> None:
     sys.exit(guarded(_train, sys.argv[1:]))
 
 
-def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """The exit code of a command; a fault of the user's is one line."""
-    try:
-        return command(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of a pipe has seen enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
 def _train(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print(_USAGE + "\n" + _options())
@@ -78,7 +54,7 @@ def _train(arguments: Sequence[str]) -> int:
     _check_run(cfg)
     folder = Path(cfg.output_dir) if cfg.output_dir else default_folder(cfg.name)
     if not launched() and (processes := num_processes(cfg)) > 1:
-        return _launch([*typed, f"output_dir={quoted(str(folder))}"], processes)
+        return launch("train", [*typed, f"output_dir={quoted(str(folder))}"], processes)
     return _run(cfg, folder)
 
 
@@ -126,12 +102,6 @@ def _check_run(cfg: TrainConfig) -> None:
         )
 
 
-def check_device(cfg: TrainConfig) -> None:
-    """Refuse a device that is not there."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: expected a GPU for 'cuda', found none; device=cpu needs none")
-
-
 def _run(cfg: TrainConfig, folder: Path) -> int:
     """One run in this process."""
     with start(cfg.device) as ranks:
@@ -156,17 +126,6 @@ def _open_folder(cfg: TrainConfig, folder: Path) -> None:
             "another folder"
         )
     make_folder(folder)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder to write to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: expected a folder to write to, got {folder}: {error.strerror}"
-        ) from error
 
 
 def _sweep(typed: Sequence[str]) -> int:
@@ -194,37 +153,6 @@ def _sweep(typed: Sequence[str]) -> int:
             return code
     print(f"compare them: tensorboard --logdir {parent}")
     return 0
-
-
-def _launch(typed: Sequence[str], processes: int) -> int:
-    """This command again in several processes, by torch's launcher."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, "-m", "rpn_train", *typed]
-    # one thread pool for each process, not one of all cores for each (torchrun would take 1)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    started = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads), **os.environ})
-    came = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if number == signal.SIGTERM:  # to this process alone; Ctrl-C reaches the others by itself
-            started.send_signal(number)
-
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
-    code = started.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    return 128 + came[0] if came else code
-
-
-def num_processes(cfg: TrainConfig) -> int:
-    """How many processes a run has: as launched, else `devices`, else one per GPU of the box."""
-    if launched():
-        return int(os.environ["WORLD_SIZE"])
-    gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()
-    if gpus and cfg.devices is not None and cfg.devices > gpus:
-        raise ConfigError(f"devices: expected at most {gpus}, the GPUs here, got {cfg.devices}")
-    return cfg.devices or max(1, gpus)
 
 
 def default_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The commands `rpn-eval` and `rpn-propose`."""
+"""The commands on a trained network: `rpn-eval`, `rpn-propose`, `rpn-export`."""
 
 import sys
 from collections.abc import Sequence
@@ -8,17 +8,19 @@ from typing import Any
 
 import yaml
 
-from rpn_train import checkpoint
-from rpn_train.cli import check_device, guarded, make_folder
 from rpn_train.compose import compose, lay_over, parse, readable
 from rpn_train.config import TrainConfig
-from rpn_train.distributed import start
+from rpn_train.distributed import launched, start
 from rpn_train.errors import ConfigError
 from rpn_train.options import from_mapping, option
-from rpn_train.trained import evaluate_checkpoint, evaluate_files, propose
+from rpn_train.pretrained import Pretrained, find_pretrained
+from rpn_train.propose import propose
+from rpn_train.scoring import score_files, score_network
+from rpn_train.shell import check_device, guarded, launch, make_folder, num_processes
+from rpn_train.stop import end_on_sigterm
 
 _EVAL_USAGE = """\
-usage: rpn-eval checkpoint=RUN_FOLDER_OR_FILE [GROUP=CHOICE] [KEY=VALUE] ...
+usage: rpn-eval checkpoint=WHERE [GROUP=CHOICE] [KEY=VALUE] ...
        rpn-eval proposals=FILE dataset=CHOICE [KEY=VALUE] ...
 
 Scores proposals: of a trained network, or in files, whoever made them. With a checkpoint the
@@ -26,23 +28,27 @@ configuration is the checkpoint's; anything typed here takes the place of what i
 
   rpn-eval checkpoint=runs/a                            on the validation split of the run
   rpn-eval checkpoint=runs/a dataset=coco dataset.root=DIR eval.max_proposals=[100,300,1000]
+  rpn-eval checkpoint=torchvision:fasterrcnn_resnet50_fpn dataset=coco dataset.root=DIR
   rpn-eval proposals=a.json dataset=coco dataset.root=DIR
   rpn-eval proposals='{mine: a.npz, other: b.pkl}' dataset=voc dataset.root=DIR eval.match=file_name
 
-Files: COCO results (.json), .npz, a folder of .npz, Detectron2's and MMDetection's .pkl.
-eval.protocol=greedy matches by IoU alone, as Detectron2 does.
-Prints a table and writes recall.json, recall.md and curves to output_dir (default: eval/ in the run
-folder, or a folder beside the file). `rpn-train --help` lists the keys.
+checkpoint=      a run folder, a checkpoint in one, or torchvision:BUILDER[:WEIGHTS NAME OR FILE]
+proposals=       COCO results (.json), .npz, a folder of .npz, Detectron2's or MMDetection's .pkl
+eval.protocol=   greedy matches by IoU alone, as Detectron2 does
+eval.verify=true scores a second time, with pycocotools
+Prints a table and writes recall.json, recall.md, curves, images.csv and worst.png to output_dir
+(default: eval/ in the run folder, or a folder beside the file). `rpn-train --help` lists the keys.
 """
 
 _PROPOSE_USAGE = """\
-usage: rpn-propose checkpoint=RUN_FOLDER_OR_FILE output=FILE [images=WHERE] [KEY=VALUE] ...
+usage: rpn-propose checkpoint=WHERE output=FILE [images=WHERE] [KEY=VALUE] ...
 
 Writes the proposals of a trained network, best first, in pixels of the images.
 
   rpn-propose checkpoint=runs/a images=DIR_OR_GLOB_OR_FILE output=proposals.json top=300 draw=DIR
   rpn-propose checkpoint=runs/a dataset=coco dataset.root=DIR split=train output=train.npz
 
+checkpoint= a run folder, a checkpoint in one, or torchvision:BUILDER[:WEIGHTS NAME OR FILE]
 output=     .json (COCO results), .npz, or .pkl (Detectron2's precomputed proposals)
 images=     a file, a folder or a glob, upright as EXIF says; else the images of the data set
 split=      train or val: of the data set
@@ -58,7 +64,7 @@ draw=       folder for a picture of each image
 class EvalArguments:
     """What only `rpn-eval` understands."""
 
-    checkpoint: str | None = option(None, "run folder or checkpoint")
+    checkpoint: str | None = option(None, "run folder, checkpoint or torchvision:BUILDER")
     proposals: str | None = option(None, "file, or {name: file, ...}")
 
 
@@ -66,7 +72,7 @@ class EvalArguments:
 class ProposeArguments:
     """What only `rpn-propose` understands."""
 
-    checkpoint: str | None = option(None, "run folder or checkpoint")
+    checkpoint: str | None = option(None, "run folder, checkpoint or torchvision:BUILDER")
     output: str | None = option(None, "file to write")
     images: str | None = option(None, "file, folder or glob")
     split: str | None = option(None, "train or val")
@@ -93,8 +99,7 @@ def _eval(arguments: Sequence[str]) -> int:
     own, typed = _split(EvalArguments, arguments)
     if (own.checkpoint is None) == (own.proposals is None):
         raise ConfigError(
-            "expected checkpoint=RUN_FOLDER_OR_FILE or proposals=FILE, one of the two; "
-            "rpn-eval --help says more"
+            "expected checkpoint=WHERE or proposals=FILE, one of the two; rpn-eval --help says more"
         )
     if own.proposals is not None:
         parse(typed)
@@ -103,15 +108,17 @@ def _eval(arguments: Sequence[str]) -> int:
         first = next(iter(files.values()))
         folder = Path(cfg.output_dir) if cfg.output_dir else first.with_name(f"{first.stem}_recall")
         make_folder(folder)
-        evaluate_files(cfg, files, folder)
+        score_files(cfg, files, folder)
         return 0
-    cfg, saved, path = _trained(own.checkpoint, typed)
-    run = path.parents[1] if path.parent.name == "checkpoints" else path.parent
-    folder = Path(cfg.output_dir) if cfg.output_dir else run / "eval"
+    source = find_pretrained(own.checkpoint)
+    cfg = _configured(source, typed)
+    if not launched() and (processes := num_processes(cfg)) > 1:
+        return launch("eval", arguments, processes)
+    folder = Path(cfg.output_dir) if cfg.output_dir else source.folder
     make_folder(folder)
     with start(cfg.device) as ranks:
-        evaluate_checkpoint(cfg, saved, path, folder, ranks)
-    return 0
+        signal = score_network(cfg, source, folder, ranks)
+    return 0 if signal is None else 128 + signal
 
 
 def _propose(arguments: Sequence[str]) -> int:
@@ -120,9 +127,7 @@ def _propose(arguments: Sequence[str]) -> int:
         return 0
     own, typed = _split(ProposeArguments, arguments)
     if own.checkpoint is None or own.output is None:
-        raise ConfigError(
-            "expected checkpoint=RUN_FOLDER_OR_FILE and output=FILE; rpn-propose --help says more"
-        )
+        raise ConfigError("expected checkpoint=WHERE and output=FILE; rpn-propose --help says more")
     if own.split is not None:
         typed.append(f"eval.split={own.split}")
     if own.nms is not None:
@@ -130,24 +135,26 @@ def _propose(arguments: Sequence[str]) -> int:
     if own.top is not None:  # the N of a recall that is not taken must not exceed it
         which = "train" if own.split == "train" else "test"
         typed += [f"proposals.{which}.post_nms={own.top}", f"eval.max_proposals=[{own.top}]"]
-    cfg, saved, path = _trained(own.checkpoint, typed)
+    source = find_pretrained(own.checkpoint)
+    cfg = _configured(source, typed, needs_data=own.images is None)
     output = Path(own.output).expanduser()
     draw = Path(own.draw).expanduser() if own.draw else None
+    if not launched() and (processes := num_processes(cfg)) > 1:
+        return launch("propose", arguments, processes)
     make_folder(output.parent)
-    with start(cfg.device) as ranks:
-        propose(cfg, saved, path, own.images, output, own.min_score, draw, ranks.device)
+    with end_on_sigterm(), start(cfg.device) as ranks:
+        propose(cfg, source, own.images, output, own.min_score, draw, ranks)
     return 0
 
 
-def _trained(where: str | None, typed: Sequence[str]) -> tuple[TrainConfig, dict[str, Any], Path]:
-    """Configuration, under what was typed, state and path of a checkpoint."""
-    assert where is not None
-    path = checkpoint.find(Path(where).expanduser())
+def _configured(source: Pretrained, typed: Sequence[str], needs_data: bool = True) -> TrainConfig:
+    """The configuration of a network, under what was typed."""
     overrides = parse(typed)
-    saved = checkpoint.load(path)
-    cfg = lay_over({**saved["config"], "output_dir": None}, overrides, typed)
+    if needs_data and not source.brings_data and not any(t.startswith("dataset") for t in typed):
+        raise ConfigError(f"expected dataset=CHOICE: {source.name} does not say which to take")
+    cfg = lay_over(source.config, overrides, typed)
     check_device(cfg)
-    return cfg, saved, path
+    return cfg
 
 
 def _split(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:

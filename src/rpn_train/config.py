@@ -67,6 +67,12 @@ class BackboneConfig:
     norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = option(
         "bn", "normalisation; frozen_bn belongs to pretrained weights and small batches"
     )
+    norm_eps: float | None = option(
+        None, "added to the variance by batch norm; null: as the network was made", low=0
+    )
+    fpn_norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] | None = option(
+        None, "normalisation of the feature pyramid; null: none (the paper)"
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class ProposalsConfig:
     nms_iou: float = option(0.7, "of two proposals above this IoU the weaker goes", low=0, high=1)
     min_size: float = option(0.001, "smaller proposals are dropped, px of the resized image", low=0)
     train: TopNConfig = TopNConfig(2000, 2000)
-    test: TopNConfig = TopNConfig()
+    test: TopNConfig = TopNConfig(1000, 2000)
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class ScheduleConfig:
 class EvalConfig:
     split: Literal["train", "val"] = option("val", "which split of the data set is scored")
     max_proposals: tuple[int, ...] = option(
-        (100, 300, 1000), "the N of recall@N; training needs 100 among them", low=1
+        (10, 100, 300, 1000, 2000), "the N of recall@N; training needs 100 among them", low=1
     )
     protocol: Literal["coco", "greedy"] = option(
         "coco", "how proposals and objects are matched: as COCOeval does, or by IoU alone"
@@ -162,7 +168,10 @@ class EvalConfig:
     batch_size: int = option(
         8, "images per process at a time; the figures do not depend on it", low=1
     )
-    pictures: int = option(8, "validation images drawn in TensorBoard", low=0)
+    pictures: int = option(
+        8, "validation images drawn in TensorBoard; by rpn-eval, of those with most misses", low=0
+    )
+    verify: bool = option(False, "rpn-eval: score a second time, with pycocotools, and compare")
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,9 @@ class TrainConfig:
     name: str = option("rpn", "part of the default folder name")
     output_dir: str | None = option(None, "run folder; null: runs/<date>_<time>_<name>")
     resume: Literal["auto"] | None = option(None, "auto: go on with the run in output_dir")
+    init_from: str | None = option(
+        None, "trained network to start from: run folder, checkpoint, torchvision:<builder>"
+    )
     seed: int = option(
         0, "weights, order, augmentation and sampling follow from it", low=0, high=2**32 - 1
     )
@@ -205,6 +217,10 @@ class TrainConfig:
             raise ConfigError(
                 f"method.bg_iou: expected at most method.fg_iou = {self.method.fg_iou}, "
                 f"got {self.method.bg_iou}"
+            )
+        if self.eval.verify and self.eval.protocol != "coco":
+            raise ConfigError(
+                "eval.verify: expected false with eval.protocol=greedy, which pycocotools has not"
             )
         if self.augment.scale[0] > self.augment.scale[1]:
             raise ConfigError(

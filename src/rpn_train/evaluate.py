@@ -1,8 +1,9 @@
 """Proposals of a model on a split, and their recall."""
 
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,18 +34,49 @@ class ImageProposals:
     logits: np.ndarray
 
 
+@dataclass
+class StageTimes:
+    """Where the time of proposing goes: a row (images, network s, proposals s) for each batch."""
+
+    rows: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def per_image_ms(self) -> dict[str, float]:
+        """Mean time per image in the network and in making proposals of its outputs, ms.
+
+        Without the first batch, which warms up, unless it is the only one.
+        """
+        images, network, proposals = np.sum(self.rows[1:] or self.rows, axis=0).tolist()
+        return {"network_ms": 1e3 * network / images, "proposals_ms": 1e3 * proposals / images}
+
+
+def _now(device: torch.device) -> float:
+    """The time when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.no_grad()  # not inference_mode: the anchors cached here are used in training too
-def propose_batch(model: RPN, batch: Batch, cfg: TrainConfig) -> list[Proposals]:
-    """Proposals of a batch, in pixels of the resized images."""
+def propose_batch(
+    model: RPN, batch: Batch, cfg: TrainConfig, times: StageTimes | None = None
+) -> list[Proposals]:
+    """Proposals of a batch, in pixels of the resized images.
+
+    Args:
+        times: takes the times of this batch, for which a GPU is waited for.
+    """
     top = cfg.proposals.train if cfg.eval.split == "train" else cfg.proposals.test
+    device = batch.images.device
+    started = 0.0 if times is None else _now(device)
     images = normalize_images(batch.images, batch.sizes)
-    with autocast(cfg.precision, images.device):
+    with autocast(cfg.precision, device):
         # forward() and not a call: a compiled network would be compiled again for every size
         outputs = model.forward(images)
-    return make_proposals(
+    between = 0.0 if times is None else _now(device)
+    proposals = make_proposals(
         outputs.logits,
         outputs.deltas,
-        grid_anchors(model.grid, batch.canvas, images.device),
+        grid_anchors(model.grid, batch.canvas, device),
         model.grid.level_lengths(batch.canvas),
         batch.sizes,
         pre_nms=top.pre_nms,
@@ -52,16 +84,23 @@ def propose_batch(model: RPN, batch: Batch, cfg: TrainConfig) -> list[Proposals]
         nms_iou=cfg.proposals.nms_iou,
         min_size=cfg.proposals.min_size,
     )
+    if times is not None:
+        times.rows.append((len(images), between - started, _now(device) - between))
+    return proposals
 
 
 def propose_split(
-    model: RPN, batches: EvalBatches, cfg: TrainConfig, device: torch.device
+    model: RPN,
+    batches: EvalBatches,
+    cfg: TrainConfig,
+    device: torch.device,
+    times: StageTimes | None = None,
 ) -> Generator[ImageProposals, None, None]:
     """Proposals of every image of this process's share, mapped back to stored pixels."""
     loader = load(batches, range(len(batches)), workers=cfg.workers, pin=device.type == "cuda")
     with closing(loader):
         for batch in loader:
-            found = propose_batch(model, batch.to(device), cfg)
+            found = propose_batch(model, batch.to(device), cfg, times)
             yield from in_stored_pixels(batch, found, batches.index)
 
 
@@ -77,25 +116,35 @@ def in_stored_pixels(
         yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy())
 
 
-def score(found: list[ImageProposals], index: Index, cfg: EvalConfig) -> Recall:
-    """Recall of the proposals of all images of a split, in order."""
+def as_arrays(found: list[ImageProposals], index: Index) -> ProposalArrays:
+    """The proposals of all images of a split, in its order."""
     assert [f.row for f in found] == list(range(len(index)))
-    proposals = ProposalArrays(
+    return ProposalArrays(
         boxes_to_xywh(np.concatenate([f.boxes for f in found])),
         np.concatenate([f.logits for f in found]).astype(np.float64),
         np.cumsum([0, *(len(f.logits) for f in found)]),
     )
-    return score_arrays(proposals, index, cfg)
 
 
-def score_arrays(proposals: ProposalArrays, index: Index, cfg: EvalConfig) -> Recall:
+def objects_of(index: Index) -> ObjectArrays:
+    """The objects of a split, as they are scored."""
+    return ObjectArrays(index.boxes_xywh, index.areas, index.ignore, index.box_offsets)
+
+
+def score(proposals: ProposalArrays, index: Index, cfg: EvalConfig) -> Recall:
     """Recall of the objects of a split, by the protocol that is asked for."""
-    objects = ObjectArrays(index.boxes_xywh, index.areas, index.ignore, index.box_offsets)
-    return score_recall(proposals, objects, max_proposals=cfg.max_proposals, protocol=cfg.protocol)
+    return score_recall(
+        proposals, objects_of(index), max_proposals=cfg.max_proposals, protocol=cfg.protocol
+    )
 
 
 def evaluate(
-    model: RPN, batches: EvalBatches, cfg: TrainConfig, stop: StopRequest, ranks: Ranks
+    model: RPN,
+    batches: EvalBatches,
+    cfg: TrainConfig,
+    stop: StopRequest,
+    ranks: Ranks,
+    times: StageTimes | None = None,
 ) -> list[ImageProposals] | None:
     """Proposals of all images of a split, in the order of its index.
 
@@ -105,7 +154,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     share = []
-    with closing(propose_split(model, batches, cfg, ranks.device)) as images:
+    with closing(propose_split(model, batches, cfg, ranks.device, times)) as images:
         for image in images:
             share.append(image)
             if stop:

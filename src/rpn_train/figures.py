@@ -1,28 +1,28 @@
-"""Pictures for TensorBoard and reports: boxes on images, and curves of recall.
+"""Pictures for TensorBoard and reports: boxes on images, one by one or many on a sheet.
 
 Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from rpn_train.recall import IOU_THRESHOLDS, Recall
 
 ORANGE, SKY_BLUE, BLUISH_GREEN = (230, 159, 0), (86, 180, 233), (0, 158, 115)
 BLUE, VERMILLION, GREY = (0, 114, 178), (213, 94, 0), (153, 153, 153)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 MIN_SIDE_PX = 400  # of the long side of a picture: a smaller image is enlarged
-LINES = ((BLUE, "-"), (VERMILLION, "--"), (BLUISH_GREEN, "-."), (ORANGE, ":"))  # of curves, in turn
-
 DRAWN_PROPOSALS = 20  # that callers draw in a picture: more would hide the image
+
+SHEET_COLUMNS = 3
+CELL_PX = (480, 360)  # width and height of an image on a sheet
+CAPTION_PX, TEXT_PX = 24, 15  # height of a line with its padding, and of its letters
 
 
 def draw_detections(
@@ -33,6 +33,7 @@ def draw_detections(
     proposals: Tensor,
     scores: Tensor,
     found: Tensor | None = None,
+    enlarge: bool = True,
 ) -> Tensor:
     """Ground truth (thick) over proposals (thin, sky blue, the fainter the lower the score).
 
@@ -46,11 +47,12 @@ def draw_detections(
         proposals: [K, 4] like `gt_boxes`; all are drawn, so pass the best few. K = 0 is fine.
         scores: [K] in [0, 1].
         found: bool [G]; None draws every object as found.
+        enlarge: by the least whole s that makes the picture `MIN_SIDE_PX` long; otherwise s is 1.
 
     Returns:
-        uint8 [3, s * H, s * W], enlarged by the least whole s that makes it `MIN_SIDE_PX` long.
+        uint8 [3, s * H, s * W].
     """
-    picture = _Picture(image)
+    picture = _Picture(image, enlarge)
     for box, score in zip(proposals, scores.tolist(), strict=True):
         picture.box(box, (*SKY_BLUE, round(115 + 140 * score)))
     for g, box in enumerate(gt_boxes):
@@ -76,12 +78,13 @@ def draw_anchors(image: Tensor, *, gt_boxes: Tensor, positives: Tensor) -> Tenso
 class _Picture:
     """An image, enlarged if small, to draw boxes on that are given in pixels of the image."""
 
-    def __init__(self, image: Tensor) -> None:
+    def __init__(self, image: Tensor, enlarge: bool = True) -> None:
         long_side = max(image.shape[1:])
-        self._scale = math.ceil(MIN_SIDE_PX / long_side)
+        self._scale = math.ceil(MIN_SIDE_PX / long_side) if enlarge else 1
         self._line = max(1, self._scale * long_side // MIN_SIDE_PX)  # width of a thin line
-        pixels = image.repeat_interleave(self._scale, 1).repeat_interleave(self._scale, 2)
-        self._image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        self._image = _to_pil(
+            image.repeat_interleave(self._scale, 1).repeat_interleave(self._scale, 2)
+        )
         self._draw = ImageDraw.Draw(self._image, "RGBA")
 
     def box(self, box: Tensor, colour: tuple[int, ...], lines: int = 1, border: int = 0) -> None:
@@ -93,11 +96,11 @@ class _Picture:
 
     def framed_box(self, box: Tensor, colour: tuple[int, ...]) -> None:
         """A thick line between two black ones, which stands out on any background."""
-        self.box(box, (0, 0, 0), lines=3, border=1)
+        self.box(box, BLACK, lines=3, border=1)
         self.box(box, colour, lines=3)
 
     def tensor(self) -> Tensor:
-        return torch.from_numpy(np.array(self._image)).permute(2, 0, 1).contiguous()
+        return _to_tensor(self._image)
 
 
 def contact_sheet(images: Sequence[Tensor], columns: int, *, padding: int = 4) -> Tensor:
@@ -122,42 +125,116 @@ def contact_sheet(images: Sequence[Tensor], columns: int, *, padding: int = 4) -
     return sheet
 
 
-def recall_curves(recall: Recall) -> Figure:
-    """Recall against the IoU threshold and against the number of proposals (Hosang et al. 2016).
+@dataclass(frozen=True, eq=False)
+class ScoredImage:
+    """An image, its objects and whether they were found.
 
-    The second follows from `matched_rank`, so it is exact under the protocol "coco"; under
-    "greedy" only its right end is. Without objects there are axes but no curves.
+    Args:
+        file_name: shown as it is, shortened if long.
+        image: uint8 [3, H, W] RGB.
+        gt_boxes: [G, 4] xyxy in pixels of the image.
+        gt_ignore: bool [G].
+        found: bool [G].
+        proposals: [K, 4] like `gt_boxes`, best first.
     """
-    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
-    by_iou, by_number = figure.subplots(1, 2, sharey=True)
-    for n, limit in enumerate(recall.max_proposals):
-        curve = recall.recall[:, 0, n]
-        _plot(by_iou, n, IOU_THRESHOLDS, curve, f"{limit} proposals, AR {curve.mean():.3f}")
-    by_iou.set(xlabel="IoU threshold", ylabel="recall (share of objects)", ylim=(0, 1.02))
 
-    limit = max(recall.max_proposals)
-    objects = recall.num_objects["all"] or math.nan
-    found = [np.bincount(rank[rank >= 0], minlength=limit) for rank in recall.matched_rank[:, 0]]
-    curves = np.cumsum(found, axis=1) / objects  # [T, limit]
-    numbers = np.arange(1, limit + 1)
-    for i, t in enumerate((0, 5, 8)):
-        _plot(by_number, i, numbers, curves[t], f"IoU {IOU_THRESHOLDS[t]:.2f}")
-    _plot(by_number, 3, numbers, curves.mean(axis=0), "average recall, IoU 0.50 to 0.95")
-    by_number.set(xlabel="proposals per image", xscale="log", xlim=(1, max(limit, 2)))
-    for axes in (by_iou, by_number):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=10)
-    return figure
+    file_name: str
+    image: Tensor
+    gt_boxes: Tensor
+    gt_ignore: Tensor
+    found: Tensor
+    proposals: Tensor
 
 
-def _plot(axes: Axes, i: int, x: np.ndarray, y: np.ndarray, label: str) -> None:
-    colour, style = LINES[i % len(LINES)]
-    axes.plot(x, y, color=[c / 255 for c in colour], linestyle=style, linewidth=2, label=label)
+def worst_sheet(scored: Sequence[ScoredImage], *, iou: float, num_proposals: int) -> Tensor:
+    """Images with their objects found and missed, in rows, under a legend.
+
+    Every image is scaled to the same cell, whatever its size, and has its name and the number of
+    its missed objects above it.
+
+    Args:
+        iou: the threshold for found.
+        num_proposals: the number of best proposals that could find an object. Of them the best
+            `DRAWN_PROPOSALS` are drawn.
+
+    Returns:
+        uint8 [3, H', W']; without images the legend alone.
+    """
+    nothing = torch.zeros(3, 0, CELL_PX[0], dtype=torch.uint8)  # keeps the width for the legend
+    cells = [_cell(one) for one in scored] or [nothing]
+    sheet = contact_sheet(cells, SHEET_COLUMNS, padding=TEXT_PX)
+    legend = Image.new("RGB", (sheet.shape[2], CAPTION_PX), WHITE)
+    draw = ImageDraw.Draw(legend)
+    x = TEXT_PX
+    for colour, text in (
+        (BLUISH_GREEN, "found"),
+        (VERMILLION, "missed"),
+        (GREY, "ignored"),
+        (SKY_BLUE, f"{DRAWN_PROPOSALS} best proposals"),
+        (None, f"IoU {iou:g}, {num_proposals} proposals"),
+    ):
+        if colour is not None:
+            top = (CAPTION_PX - TEXT_PX) // 2
+            draw.rectangle((x, top, x + 2 * TEXT_PX, top + TEXT_PX), colour, BLACK)
+            x += 5 * TEXT_PX // 2
+        x += _write(draw, x, text) + 2 * TEXT_PX
+    return torch.cat([_to_tensor(legend), sheet], dim=1)
 
 
-def figure_to_image(figure: Figure) -> Tensor:
-    """A matplotlib figure as uint8 [3, H, W] RGB."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.array(canvas.buffer_rgba())[:, :, :3]
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+def _cell(scored: ScoredImage) -> Tensor:
+    """An image with its boxes, scaled to `CELL_PX`, under its caption."""
+    height, width = scored.image.shape[1:]
+    scale = min(CELL_PX[0] / width, CELL_PX[1] / height)
+    fitted = _to_pil(scored.image).resize(
+        (max(1, round(scale * width)), max(1, round(scale * height))), Image.Resampling.LANCZOS
+    )
+    drawn = min(DRAWN_PROPOSALS, len(scored.proposals))
+    picture = draw_detections(
+        _to_tensor(fitted),
+        gt_boxes=scored.gt_boxes * scale,
+        gt_ignore=scored.gt_ignore,
+        proposals=scored.proposals[:drawn] * scale,
+        scores=torch.linspace(1, 0.4, drawn),
+        found=scored.found,
+        enlarge=False,
+    )
+    cell = Image.new("RGB", (CELL_PX[0], CAPTION_PX + CELL_PX[1]), WHITE)
+    cell.paste(_to_pil(picture), ((CELL_PX[0] - fitted.width) // 2, CAPTION_PX))
+    objects = ~scored.gt_ignore
+    tally = f"{int((objects & ~scored.found).sum())} of {int(objects.sum())} missed"
+    draw = ImageDraw.Draw(cell)
+    room = CELL_PX[0] - _font().getlength(tally) - 2 * TEXT_PX
+    _write(draw, 0, _shortened(scored.file_name, room))
+    _write(draw, CELL_PX[0] - round(_font().getlength(tally)), tally)
+    return _to_tensor(cell)
+
+
+def _shortened(text: str, room: float) -> str:
+    """Text on one line of at most `room` pixels: characters in the middle give way to "..."."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    kept, shown = len(text), text
+    while kept and _font().getlength(shown) > room:
+        kept -= 1
+        shown = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+    return shown
+
+
+def _write(draw: ImageDraw.ImageDraw, x: int, text: str) -> int:
+    """Black text in the middle of a line; how wide it is."""
+    draw.text((x, CAPTION_PX / 2), text, BLACK, _font(), anchor="lm")
+    return round(_font().getlength(text))
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(TEXT_PX)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow without FreeType"
+    return font
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -123,7 +123,7 @@ class RPN(nn.Module):
             length = height * width * per_cell
             place = (at - start).clamp(0, length - 1)
             cell, anchor = place // per_cell, place % per_cell
-            before = self.backbone.last_convolutions(level)
+            before = self.backbone.last_convolutions(level) or []
             logits, deltas = head.at(feature, cell // width, cell % width, before)  # [B, S, A ...]
             logits = torch.take_along_dim(logits, anchor[..., None], 2)[:, :, 0]
             deltas = torch.take_along_dim(deltas, anchor[..., None, None], 2)[:, :, 0]
@@ -144,7 +144,10 @@ class RPN(nn.Module):
 
     def _num_sparse(self, merged: list[Tensor], slots: int) -> int:
         """How many fine levels take fewer multiplications at `slots` cells than everywhere."""
-        convs = len(cast(RPNHead, self.rpn["head"]).conv) + len(self.backbone.last_convolutions(0))
+        before = self.backbone.last_convolutions(0)
+        if before is None:
+            return 0
+        convs = len(cast(RPNHead, self.rpn["head"]).conv) + len(before)
         at_slots = slots * sum((2 * i + 1) ** 2 for i in range(convs))
         # the last level of a pyramid is subsampled to one more, which needs all of it
         allowed = merged if self.backbone.fpn is None else merged[:-1]

@@ -9,7 +9,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from rpn_train.errors import ConfigError
@@ -35,11 +35,16 @@ def option(
 
 
 def from_mapping(
-    kind: type[T], values: Mapping[str, Any], path: str = "", root: type | None = None
+    kind: type[T],
+    values: Mapping[str, Any],
+    path: str = "",
+    root: type | None = None,
+    default: T | None = None,
 ) -> T:
     """Frozen dataclass `kind` from nested plain data; keys left out keep their defaults.
 
-    `path` and `root` are its place, and the outermost dataclass, where it is nested in others.
+    `path`, `root` and `default` are its place, the outermost dataclass, and the default there,
+    where it is nested in others.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of range; the message names the full key.
@@ -55,11 +60,13 @@ def from_mapping(
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{full}: expected a group of keys, got {value!r}")
             section = cast(type[Any], hints[key])
-            arguments[key] = from_mapping(section, value, f"{full}.", root or kind)
+            arguments[key] = from_mapping(
+                section, value, f"{full}.", root or kind, known[key].default
+            )
         else:
             arguments[key] = _convert(full, hints[key], value)
             _check_range(full, known[key].metadata, arguments[key])
-    return kind(**arguments)
+    return kind(**arguments) if default is None else replace(cast(Any, default), **arguments)
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -74,14 +81,17 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def walk(kind: type, path: str = "") -> Iterator[tuple[str, Any, Any, Mapping[str, Any]]]:
+def walk(
+    kind: type, path: str = "", defaults: Any = None
+) -> Iterator[tuple[str, Any, Any, Mapping[str, Any]]]:
     """(key, type, default, metadata) of every option below a dataclass, in order."""
-    hints, defaults = get_type_hints(kind), kind()
+    hints, defaults = get_type_hints(kind), kind() if defaults is None else defaults
     for f in fields(kind):
+        value = getattr(defaults, f.name)
         if is_dataclass(hints[f.name]):
-            yield from walk(cast(type, hints[f.name]), f"{path}{f.name}.")
+            yield from walk(cast(type, hints[f.name]), f"{path}{f.name}.", value)
         else:
-            yield f"{path}{f.name}", hints[f.name], getattr(defaults, f.name), f.metadata
+            yield f"{path}{f.name}", hints[f.name], value, f.metadata
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> dict[str, str]:

@@ -84,13 +84,18 @@ def write_proposals(path: Path, images: Iterable[NamedProposals]) -> None:
     Raises:
         ConfigError: no such format, or a folder in the way. Before the first image is asked for.
     """
+    check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file:
+        WRITERS[path.suffix](file, images)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that `write_proposals` would not write."""
     if path.suffix not in WRITERS:
         raise ConfigError(f"expected a file of proposals in {', '.join(WRITERS)}, got {path}")
     if path.is_dir():
         raise ConfigError(f"expected a file of proposals to write, got a folder at {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as file:
-        WRITERS[path.suffix](file, images)
 
 
 @contextmanager

@@ -16,6 +16,11 @@ class Proposals(NamedTuple):
     boxes: Tensor
     logits: Tensor
 
+    @property
+    def scores(self) -> Tensor:
+        """Probabilities [K], which saturate where logits still order."""
+        return self.logits.sigmoid()
+
 
 def make_proposals(
     logits: Tensor,

@@ -16,11 +16,11 @@ from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch, EvalBatches
 from rpn_train.data.index import Index
 from rpn_train.distributed import Ranks
-from rpn_train.evaluate import ImageProposals, evaluate, score
+from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, score
 from rpn_train.figures import DRAWN_PROPOSALS, draw_anchors, draw_detections
 from rpn_train.options import differences, to_mapping
 from rpn_train.recall import Recall
-from rpn_train.recall_report import recall_table
+from rpn_train.recall_report import recall_curves, recall_table
 from rpn_train.run_log import RunLog, memory_mb, write_json
 from rpn_train.run_state import RunState, save
 from rpn_train.step import HISTORY, Clock
@@ -42,6 +42,7 @@ def describe_run(
     schedule, grid = cfg.schedule, state.model.grid
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     start = f"weights {cfg.backbone.weights}" if cfg.backbone.weights else "from scratch"
+    start = f"from {cfg.init_from}" if cfg.init_from else start
     rate = schedule.lr * schedule.batch_size / schedule.reference_batch
     log.line(
         f"network   {cfg.backbone.name}, {start}, {trained / 1e6:.1f} M trained parameters, "
@@ -62,8 +63,8 @@ def describe_run(
     log.line(f"device    {device_name(ranks.device)} x {ranks.world}, {cfg.precision}")
     if state.step:
         log.line(f"resuming  after step {state.step}")
-        for key, change in changed.items():
-            log.line(f"          changed: {key}: {change}")
+    for key, change in changed.items():
+        log.line(f"          changed: {key}: {change}")
     options = [f"    {key}: {value}" for key, value in flatten(to_mapping(cfg)).items()]
     log.text("config", "\n".join(options))
 
@@ -125,10 +126,10 @@ def log_evaluation(
     state.evaluated = state.step
     if not ranks.is_main:
         return
-    recall = score(found, batches.index, cfg.eval)
+    recall = score(as_arrays(found, batches.index), batches.index, cfg.eval)
     figures = recall.figures()
     log.metrics(state.step, {f"val/{k}": v for k, v in figures.items() if not k.startswith("num_")})
-    log_pictures(log, recall, found, batches, cfg.eval.pictures, state.step)
+    log_pictures(log, recall, found, batches, cfg, state.step)
     write_json(folder / "recall.json", {"step": state.step, **figures})
     shown = "  ".join(f"AR@{n} {figures[f'ar_{n}']:.4f}" for n in cfg.eval.max_proposals)
     log.line(f"step {state.step}: {shown}  ({time.perf_counter() - started:.1f} s)")
@@ -142,11 +143,14 @@ def log_pictures(
     recall: Recall,
     found: list[ImageProposals],
     batches: EvalBatches,
-    count: int,
+    cfg: TrainConfig,
     step: int,
 ) -> None:
-    """Some images, the same each time, with their objects and best proposals."""
-    index = batches.index
+    """The curves of recall, and some images, the same each time, with their best proposals."""
+    index, count = batches.index, cfg.eval.pictures
+    if count:
+        for name, picture in recall_curves({"": recall}, cfg.eval.protocol).items():
+            log.image(f"curves/{name}", step, picture)
     for row in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
         objects = slice(index.box_offsets[row], index.box_offsets[row + 1])
         rank = recall.matched_rank[0, 0, objects]  # at IoU 0.5, all sizes

@@ -1,6 +1,6 @@
 """What a checkpoint of a run holds, and the way into a checkpoint and back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +16,15 @@ from rpn_train.distributed import Ranks
 from rpn_train.errors import CheckpointError
 from rpn_train.model import RPN
 from rpn_train.options import differences, to_mapping
+from rpn_train.pretrained import find_pretrained
 from rpn_train.run_log import truncate_lines
 from rpn_train.schedule import build_optimizer
+from rpn_train.weights import norms_fit
 
 # A change of these makes another network or another problem: weights of before do not fit it.
 _FIXED = ("backbone.", "anchors.", "method.num_convs", "method.channels")
+# What the weights of a network were learned with. (Which stages were frozen is not part of it.)
+_ARCHITECTURE = ("backbone.name", "backbone.norm", "backbone.fpn_norm", "anchors.")
 
 
 @dataclass
@@ -47,10 +51,11 @@ class RunState:
         return self.model if self.ema is None else cast(RPN, self.ema.module)
 
 
-def build_state(cfg: TrainConfig, device: torch.device) -> RunState:
-    """The state before step 1: what follows from the configuration alone."""
+def build_state(cfg: TrainConfig, device: torch.device, *, initial: bool = True) -> RunState:
+    """The state before step 1; without `initial`, weights that are to be replaced are not read."""
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model = build_model(cfg).to(device).to(memory_format=layout)
+    backbone = cfg.backbone if initial else replace(cfg.backbone, weights=None)
+    model = build_model(replace(cfg, backbone=backbone)).to(device).to(memory_format=layout)
     optimizer = build_optimizer(
         model,
         name=cfg.schedule.optimizer,
@@ -63,6 +68,11 @@ def build_state(cfg: TrainConfig, device: torch.device) -> RunState:
         average = get_ema_multi_avg_fn(cfg.schedule.ema)
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     return RunState(model, optimizer, scaler, ema)
+
+
+def last_of(folder: Path) -> Path:
+    """The checkpoint that a run goes on from."""
+    return folder / "checkpoints" / "last.pt"
 
 
 def save(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks, name: str = "last") -> None:
@@ -85,22 +95,22 @@ def save(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks, name: st
 
 
 def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dict[str, str]:
-    """Restore the last checkpoint of a folder into the state, if it has one.
+    """Restore the last checkpoint of a folder into the state, or else start from `cfg.init_from`.
 
     Logged lines of later steps are dropped.
 
     Returns:
-        What differs between its configuration and `cfg`, key -> 'old -> new'.
+        What differs between the configuration of that and `cfg`, key -> 'old -> new'.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or is of another network.
     """
-    path = folder / "checkpoints" / "last.pt"
+    path = last_of(folder)
     if not path.is_file():
-        return {}
+        return {} if cfg.init_from is None else start_from(state, cfg, cfg.init_from)
     saved = checkpoint.load(path)
     changed = differences(saved["config"], to_mapping(cfg))
-    for key in ("resume", "output_dir"):
+    for key in ("resume", "output_dir", "init_from"):
         changed.pop(key, None)
     for key, change in changed.items():
         if key.startswith(_FIXED):
@@ -119,6 +129,21 @@ def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dic
     if ranks.is_main:
         forget_later_lines(state, folder)
     return changed
+
+
+def start_from(state: RunState, cfg: TrainConfig, where: str) -> dict[str, str]:
+    """Take over the weights of a trained network; what its architecture had otherwise is returned.
+
+    Raises:
+        CheckpointError: the weights do not fit the network of `cfg`.
+    """
+    source = find_pretrained(where)
+    weights = norms_fit(state.model, source.weights)
+    checkpoint.load_weights(state.model, weights, f"init_from {where}")
+    if state.ema is not None:
+        checkpoint.load_weights(state.ema.module, weights, f"init_from {where}")
+    changed = differences(source.config, to_mapping(cfg))
+    return {key: change for key, change in changed.items() if key.startswith(_ARCHITECTURE)}
 
 
 def forget_later_lines(state: RunState, folder: Path) -> None:

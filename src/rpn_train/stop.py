@@ -36,6 +36,20 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def end_on_sigterm() -> Iterator[None]:
+    """SIGTERM as an exception, which ends the process once what is half done is cleaned up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def ignore_signals(worker: int) -> None:
     """In a loader process: its parent decides when to stop (Ctrl-C reaches the whole group)."""
     for number in _SIGNALS:

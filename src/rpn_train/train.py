@@ -11,7 +11,7 @@ from rpn_train.distributed import Ranks
 from rpn_train.options import to_mapping
 from rpn_train.report import describe_run, finish_run, log_evaluation, log_step, log_training_batch
 from rpn_train.run_log import RunLog, write_yaml
-from rpn_train.run_state import build_state, resume, save
+from rpn_train.run_state import build_state, last_of, resume, save
 from rpn_train.schedule import lr_at
 from rpn_train.step import Clock, drain, prepare_network, training_step
 from rpn_train.stop import stop_on_signals
@@ -34,7 +34,8 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     """
     index, read = open_split(cfg.dataset, "train", cfg.seed)
     val_index, val_read = open_split(cfg.dataset, cfg.eval.split, cfg.seed)
-    state = build_state(cfg, ranks.device)
+    initial = cfg.init_from is None and not last_of(folder).is_file()
+    state = build_state(cfg, ranks.device, initial=initial)
     divisor = max(state.model.grid.strides)
     planner = build_planner(cfg, index, divisor)
     epoch = planner.steps_per_epoch

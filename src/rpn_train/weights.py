@@ -13,43 +13,50 @@ from torchvision.models import get_model_weights
 from rpn_train.errors import CheckpointError
 
 
-def read_weights(arch: str, weights: str) -> dict[str, Tensor]:
-    """Read the state dict that a file holds or a name of torchvision's stands for."""
+def read_weights(arch: str, weights: str, *, key: str = "backbone.weights") -> dict[str, Tensor]:
+    """Read the state dict that a file holds or a name of torchvision's stands for.
+
+    Args:
+        arch: a network or detector of torchvision's.
+        weights: a file, or a name of torchvision's for weights of `arch`.
+        key: what errors call it.
+
+    Raises:
+        CheckpointError: neither, or it cannot be read or downloaded.
+    """
     named = get_model_weights(arch).__members__
     if weights not in named:
         if not Path(weights).is_file():
             expected = " | ".join(map(repr, named))
-            raise CheckpointError(
-                f"backbone.weights: expected {expected} or a file, got '{weights}'"
-            )
-        return _read_state_dict(Path(weights))
+            raise CheckpointError(f"{key}: expected {expected} or a file, got '{weights}'")
+        return _read_state_dict(Path(weights), key)
     url = named[weights].url
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
     if path.is_file():
-        return _read_state_dict(path)
+        return _read_state_dict(path, key)
     try:
         return torch.hub.load_state_dict_from_url(
             url, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError) as error:  # no network; a wrong hash
         raise CheckpointError(
-            f"backbone.weights: '{weights}' is not at {path} and cannot be downloaded ({error}): "
-            f"put {path.name} there or give backbone.weights=FILE"
+            f"{key}: '{weights}' is not at {path} and cannot be downloaded ({error}): "
+            f"put {path.name} there, or give a file instead of the name"
         ) from error
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def _read_state_dict(path: Path, what: str) -> dict[str, Tensor]:
     """Read a file that holds nothing but names and tensors."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can break the reader in any way
         raise CheckpointError(
-            f"backbone.weights: expected a state dict, cannot read {path} ({type(error).__name__})"
+            f"{what}: expected a state dict, cannot read {path} ({type(error).__name__})"
         ) from error
     pairs = state.items() if isinstance(state, dict) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
         raise CheckpointError(
-            f"backbone.weights: expected a state dict, names to tensors and no more, in {path}"
+            f"{what}: expected a state dict, names to tensors and no more, in {path}"
         )
     return state
 
@@ -63,3 +70,22 @@ def load_body(body: nn.ModuleDict, state: Mapping[str, Tensor], *, trunk: str, w
     except RuntimeError as error:
         reasons = "; ".join(textwrap.shorten(line, 150) for line in str(error).splitlines()[1:4])
         raise CheckpointError(f"backbone.weights: cannot load {what}: {reasons}") from error
+
+
+def norms_fit(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for a module whose batch norms may be frozen where the others' were not, or not.
+
+    They differ in a counter that nothing depends on: it is left out, or kept as the module has it.
+    """
+    counters = {
+        key: value
+        for key, value in module.state_dict().items()
+        if key.endswith("num_batches_tracked") and key not in weights
+    }
+    known = module.state_dict().keys()
+    fitting = {
+        key: value
+        for key, value in weights.items()
+        if key in known or not key.endswith("num_batches_tracked")
+    }
+    return {**fitting, **counters}

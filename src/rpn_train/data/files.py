@@ -1,7 +1,8 @@
-"""Images without annotations: a file, a folder or a glob."""
+"""Images without annotations: a file, a folder, a glob, or those in memory."""
 
 import os
 import re
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
@@ -37,12 +38,22 @@ def index_files(pattern: str) -> Index:
             f"images: expected a file, a folder or a glob of {', '.join(sorted(SUFFIXES))}, "
             f"got nothing at {pattern}"
         )
+    names = [str(p.relative_to(root)) for p in paths]
+    return _without_boxes(root, names, [_upright_size(p) for p in paths])
+
+
+def index_images(sizes: Sequence[tuple[int, ...]]) -> Index:
+    """Images that are in memory, of these (height, width); named by their numbers, ids from 1."""
+    return _without_boxes(Path("images"), [str(i) for i in range(len(sizes))], sizes)
+
+
+def _without_boxes(root: Path, names: list[str], sizes: Sequence[tuple[int, ...]]) -> Index:
     return build_index(
         source=root,
         root=root,
-        image_ids=np.arange(1, len(paths) + 1),
-        file_names=[str(p.relative_to(root)) for p in paths],
-        sizes=np.array([_upright_size(p) for p in paths], np.int64),
+        image_ids=np.arange(1, len(names) + 1),
+        file_names=names,
+        sizes=np.array(sizes, np.int64),
         box_rows=np.zeros(0, np.int64),
         box_ids=np.zeros(0, np.int64),
         boxes_xywh=np.zeros((0, 4)),

@@ -1,0 +1,209 @@
+"""A trained network as one file that needs nothing of this package: ONNX, or torch.export's .pt2.
+
+All from uint8 images to proposals is inside. An exporter follows no loop over the images of a batch
+and no mask that changes a shape, so `ProposalNetwork` does the work of `make_proposals` with logits
+of -inf where that drops rows; `test_export.py` holds the two together.
+"""
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+from torchvision.ops import nms
+
+from rpn_train.anchors import grid_anchors
+from rpn_train.boxes import clip, decode
+from rpn_train.config import ProposalsConfig, TrainConfig
+from rpn_train.errors import ConfigError
+from rpn_train.model import RPN, normalize_images
+
+# boxes [N, P, 4], logits [N, P], IoU, most of a row -> bool [N, P]: what NMS within each row keeps
+Suppress = Callable[[Tensor, Tensor, float, int], Tensor]
+
+
+@torch.no_grad()
+def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int) -> None:
+    """Write a network, from images to proposals, as `.onnx` or `.pt2`: whole or not at all.
+
+    Inputs of the file. B, H and W are free; H and W are multiples of the largest stride (of a .pt2:
+    2 strides at least), and the file fails at others, as far as its levels do not fit them.
+        images: uint8 [B, 3, H, W] RGB, resized to `cfg.image`, padded at the right and bottom.
+        sizes: int64 [B, 2] height and width of each image without padding, px.
+    Outputs. K is `cfg.proposals.test.post_nms`, or levels * pre_nms where that is less.
+        boxes: float32 [B, K, 4] xyxy px of the input, best first; zeros after the last proposal.
+        logits: float32 [B, K] objectness; -inf after the last proposal.
+        num_valid: int64 [B] how many of the K rows are proposals.
+
+    They are those of `propose_batch` in fp32, whatever `cfg.precision` says; the order among equal
+    logits may differ. What the input has to be is in the file too: in the metadata of an ONNX
+    model, in the extra file `rpn_train.json` of a .pt2.
+
+    Raises:
+        ConfigError: another suffix, or the packages of the extra `export` are not installed.
+    """
+    if path.suffix not in _FORMATS:
+        expected = " or ".join(_FORMATS)
+        raise ConfigError(f"output: expected a name that ends in {expected}, got {path.name!r}")
+    if path.suffix == ".onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise ConfigError(f"output: {path.name} needs pip install 'rpn-train[export]'")
+    network = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    about = {
+        "images": "uint8 RGB, resized, padded at the right and bottom; normalised inside",
+        "sizes": "height and width without padding, px",
+        "short_side": str(cfg.image.short_side),
+        "max_side": str(cfg.image.max_side),
+        "divisor": str(max(model.grid.strides)),
+        "step": str(step),
+    }
+    with warnings.catch_warnings():
+        # what the exporters say is about their own code and changes with every version of them
+        warnings.simplefilter("ignore")
+        content = _FORMATS[path.suffix](network, cfg.proposals, about)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class ProposalNetwork(nn.Module):
+    """Images to proposals, best first, in shapes that follow from those of the images alone."""
+
+    def __init__(self, network: RPN, cfg: ProposalsConfig, suppress: Suppress) -> None:
+        super().__init__()
+        self.network = network
+        self._cfg = cfg
+        self._suppress = suppress
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The contract of an exported file: see `export_network`."""
+        boxes, logits = self._candidates(images, sizes)  # [B, L, P, 4], [B, L, P]
+        # a box without extent overlaps nothing: dropped rows take no part in NMS
+        boxes = torch.where(logits[..., None] > -torch.inf, boxes, 0.0)
+        most, iou = self._cfg.test.post_nms, self._cfg.nms_iou
+        keep = self._suppress(boxes.flatten(0, 1), logits.flatten(0, 1), iou, most)
+        logits = torch.where(keep.view_as(logits), logits, -torch.inf).flatten(1)  # [B, L * P]
+        logits, order = logits.topk(min(most, logits.shape[1]), dim=1)  # [B, K]
+        boxes = boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4))
+        valid = logits > -torch.inf
+        return torch.where(valid[..., None], boxes, 0.0), logits, valid.sum(1)
+
+    def _candidates(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """The best P = pre_nms of each level: boxes [B, L, P, 4]; logits [B, L, P], -inf: none."""
+        canvas, grid = (images.shape[2], images.shape[3]), self.network.grid
+        logits, deltas = self.network(normalize_images(images, sizes))
+        anchors = grid_anchors.__wrapped__(grid, canvas, images.device)  # its cache wants numbers
+        start, levels = 0, []
+        for of_level in logits.split(grid.level_lengths(canvas), dim=1):
+            # a level may have fewer anchors than pre_nms
+            padded = F.pad(of_level, (0, self._cfg.test.pre_nms), value=-torch.inf)
+            top, index = padded.topk(self._cfg.test.pre_nms, dim=1)
+            levels.append((top, index + start))
+            start += of_level.shape[1]
+        top, index = (torch.stack(parts, dim=1) for parts in zip(*levels, strict=True))  # [B, L, P]
+        index = index.flatten(1).clamp(max=logits.shape[1] - 1)  # beyond it, top is -inf
+        picked = deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        boxes = clip(decode(picked, anchors[index]), sizes[:, None]).view(*top.shape, 4)
+        large = (boxes[..., 2:] - boxes[..., :2] >= self._cfg.min_size).all(-1)
+        return boxes, torch.where(large, top, -torch.inf)
+
+
+def nms_at_once(boxes: Tensor, logits: Tensor, iou: float, most: int) -> Tensor:
+    """NMS of all rows in one call, each moved to where no other reaches (a `Suppress`).
+
+    In float64: so far out, the steps of float32 are hundredths of a pixel.
+    """
+    rows = torch.arange(boxes.shape[0], dtype=torch.float64, device=boxes.device)
+    moved = boxes + (rows * (boxes.amax() + 1))[:, None, None]  # [N, P, 4]
+    # torchvision declares to torch.export that NMS keeps two or more: two empty boxes make it true
+    kept = nms(
+        F.pad(moved.flatten(0, 1), (0, 0, 0, 2)),
+        F.pad(logits.double().flatten(), (0, 2), value=-torch.inf),
+        iou,
+    )
+    keep = logits.new_zeros(logits.numel() + 2, dtype=torch.bool).index_fill(0, kept, True)
+    return keep[:-2].view_as(logits)
+
+
+@torch.library.custom_op("rpn_train::nms_by_row", mutates_args=())
+def nms_by_row(boxes: Tensor, logits: Tensor, iou: float, most: int) -> Tensor:
+    """NMS row by row (a `Suppress`): what stands for ONNX's operator until it is written."""
+    keep = torch.zeros_like(logits, dtype=torch.bool)
+    for row, (row_boxes, row_logits) in enumerate(zip(boxes, logits, strict=True)):
+        keep[row, nms(row_boxes, row_logits, iou)[:most]] = True
+    return keep
+
+
+@nms_by_row.register_fake
+def _(boxes: Tensor, logits: Tensor, iou: float, most: int) -> Tensor:
+    return torch.empty_like(logits, dtype=torch.bool)
+
+
+def _nms_in_onnx(boxes: Any, logits: Any, iou: float, most: int) -> Any:
+    """`nms_by_row` in ONNX, whose operator takes a batch: here, of rows."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18  # its annotations do not know that it takes numbers and lists
+    scores = op.Unsqueeze(logits, [1])  # [N, 1 class, P]
+    kept = op.NonMaxSuppression(boxes, scores, [most], [iou])  # [kept, (row, class, box)]
+    none = op.Expand(op.Constant(value_int=0), op.Shape(scores))
+    ones = op.Expand(op.Constant(value_int=1), op.Shape(kept, start=0, end=1))
+    return op.Cast(op.Squeeze(op.ScatterND(none, kept, ones), [1]), to=9)  # 9: BOOL
+
+
+def _to_pt2(network: RPN, cfg: ProposalsConfig, about: dict[str, str]) -> bytes:
+    proposer = ProposalNetwork(network, cfg, nms_at_once).eval()
+    images, shapes = _example(network)
+    program = torch.export.export(proposer, images, dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"rpn_train.json": json.dumps(about)})
+    return file.getvalue()
+
+
+def _to_onnx(network: RPN, cfg: ProposalsConfig, about: dict[str, str]) -> bytes:
+    images, shapes = _example(network)
+    program = torch.onnx.export(
+        ProposalNetwork(network, cfg, nms_by_row).eval(),
+        images,
+        dynamic_shapes=shapes,
+        input_names=["images", "sizes"],
+        output_names=["boxes", "logits", "num_valid"],
+        opset_version=18,  # what torch translates to without a conversion afterwards
+        custom_translation_table={torch.ops.rpn_train.nms_by_row.default: _nms_in_onnx},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # paths of this machine
+    program.model.metadata_props.update(about)
+    return program.model_proto.SerializeToString()  # and not save(): one file, weights inside
+
+
+def _example(network: RPN) -> tuple[tuple[Tensor, Tensor], dict[str, dict[int, Any]]]:
+    """Inputs to follow through the network, and which of their sizes are free.
+
+    Two of everything, and three: a size of 1 would be taken for one that broadcasts.
+    """
+    stride = max(network.grid.strides)
+    images = torch.zeros(2, 3, 2 * stride, 3 * stride, dtype=torch.uint8)
+    sizes = torch.tensor([[2 * stride, 3 * stride]] * 2)
+    batch = Dim("batch")
+    height, width = (stride * Dim(name, min=2) for name in ("rows", "columns"))
+    return (images, sizes), {"images": {0: batch, 2: height, 3: width}, "sizes": {0: batch}}
+
+
+_FORMATS = {".onnx": _to_onnx, ".pt2": _to_pt2}
