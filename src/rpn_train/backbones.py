@@ -15,7 +15,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 
 from rpn_train.errors import ConfigError
-from rpn_train.norms import NORMS, Norm
+from rpn_train.norms import NORMS, Norm, fold_norms
 from rpn_train.timm_body import timm_body
 from rpn_train.weights import load_body, read_weights
 
@@ -53,6 +53,7 @@ class Backbone(nn.Module):
         self._stage_ends = tuple(stage_ends)
         self._frozen: tuple[str, ...] = ()
         self._channels_last = channels_last
+        fold_norms(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps.
