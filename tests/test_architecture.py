@@ -114,7 +114,7 @@ def test_what_has_one_home_stays_there(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(CORE))
 def test_the_core_is_torch_alone(name: str) -> None:
     allowed = {"torch", "torchvision.ops", *(f"rpn_train.{module}" for module in CORE)}
-    allowed |= {"math", "functools", "typing", "collections", "dataclasses"}
+    allowed |= {"math", "functools", "typing", "collections", "dataclasses", "concurrent.futures"}
     for full in imports(name):
         assert any(is_in(full, package) for package in allowed), f"{name} imports {full}"
 

@@ -102,7 +102,7 @@ def overrides(folder: Path, steps: int) -> list[str]:
         f"schedule.steps={steps}",
         "schedule.lr=0.05",
         "schedule.warmup=0.2",
-        "log_every=2",
+        "log_every=5",
         "workers=0",
         "device=cpu",
     ]
@@ -213,10 +213,28 @@ def test_average_precision_by_hand(
     assert script.average_precision(split, torch.zeros(0, 7)) == [0, 0, 0]
 
 
-def test_it_learns(script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_learns_and_the_proposals_matter(
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert guarded(script.main, [*arguments(folder, 10), "--control"]) == 0
-    printed = capsys.readouterr().out
-    print(printed)
-    losses = [float(line.split()[-1]) for line in printed.splitlines() if "loss" in line]
-    assert len(losses) == 6
-    assert losses[-1] < 0.7 * losses[0]
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.rpartition("loss")[2]) for line in lines if "loss" in line]
+    assert len(losses) == 4  # of two runs the mean of the first five steps and of the last
+    assert losses[1] < 0.8 * losses[0]
+    assert lines[-3].split() == ["boxes", "AP", "untrained", "AP", "AP50", "AP75"]
+    (name, *figures), (control, *controls) = (line.split() for line in lines[-2:])
+    assert (name, control) == ("proposals", "scattered")
+    untrained, ap, ap50, _ = map(float, figures)
+    assert ap > untrained + 0.2
+    assert ap50 > 0.8
+    assert ap > float(controls[1]) + 0.2
+
+
+def test_proposals_of_the_other_split_are_one_line(
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [*arguments(folder, 1), f"--train-proposals={folder / 'val.npz'}"]
+    assert guarded(script.main, wrong) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("val.npz: expected all train images, 4 are not in it\n")
+    assert error.count("\n") == 1

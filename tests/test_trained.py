@@ -1,6 +1,10 @@
 """rpn-eval and rpn-propose: what is written and scored is what is scored directly."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from untrained import untrained_run
 
 from rpn_train.cli import guarded
 from rpn_train.cli_trained import _eval, _propose
+from rpn_train.data.coco import read_coco
 from rpn_train.data.files import index_files
 from rpn_train.errors import DataError
 from rpn_train.propose import logit
@@ -101,6 +106,61 @@ def test_images_of_a_folder_upright_with_pictures(run: Path, tmp_path: Path) -> 
     assert index_files(str(folder / "*.png")).file_name(0) == "a.png"
     with pytest.raises(DataError, match="expected a file, a folder or a glob"):
         index_files(str(folder / "*.bmp"))
+
+
+def command(name: str, *typed: object) -> list[str]:
+    """A command as a person starts it, of this environment."""
+    return [sys.executable, "-m", "rpn_train", name, *map(str, typed)]
+
+
+def test_two_processes_write_the_file_of_one(run: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+    typed = [f"checkpoint={run}", "dataset.shapes.val_images=7", "eval.batch_size=2"]
+    assert guarded(_propose, [*typed, f"output={one}"]) == 0
+    subprocess.run(command("propose", *typed, f"output={two}", "devices=2"), check=True)
+    assert two.read_bytes() == one.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"one.npz", "two.npz"}
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_half_way_leaves_no_half_file(
+    run: Path, tmp_path: Path, signal_number: signal.Signals
+) -> None:
+    output = tmp_path / "out" / "p.json"
+    typed = [f"checkpoint={run}", "dataset.shapes.val_images=5000", "eval.batch_size=1"]
+    started = subprocess.Popen(
+        command("propose", *typed, f"output={output}"), stderr=subprocess.PIPE, text=True
+    )
+    while started.poll() is None and not any(
+        path.stat().st_size for path in tmp_path.rglob("*.tmp")
+    ):
+        time.sleep(0.05)
+    assert started.poll() is None  # it was at work
+    started.send_signal(signal_number)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal_number
+    assert "Traceback" not in said
+    assert list(output.parent.iterdir()) == []
+
+
+def test_scoring_files_needs_no_images(
+    run: Path, tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Annotations alone are enough; the pictures that cannot be drawn are named."""
+    annotations = data_root / "coco_mini" / "annotations" / "instances_val2017.json"
+    index = read_coco(annotations, tmp_path, categories=None, keep_empty=True, need_images=False)
+    rows = [
+        {"image_id": int(i), "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.5}
+        for i in index.image_ids
+    ]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "nothing").mkdir()
+    typed = ["dataset=coco", f"dataset.val.annotations={annotations}"]
+    typed += [f"dataset.val.images={tmp_path / 'nothing'}", f"output_dir={tmp_path / 'out'}"]
+    assert guarded(_eval, [f"proposals={tmp_path / 'p.json'}", *typed]) == 0
+    assert "worst.png is not drawn: expected an image, got nothing at" in capsys.readouterr().out
+    assert (tmp_path / "out" / "images.csv").is_file()
+    assert not (tmp_path / "out" / "worst.png").exists()
 
 
 def test_min_score(run: Path, tmp_path: Path) -> None:

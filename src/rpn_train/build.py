@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from rpn_train.data.batch import EvalBatches, ReadImage
 from rpn_train.data.coco import read_coco
 from rpn_train.data.files import index_files
 from rpn_train.data.index import Index
+from rpn_train.data.index_cache import cache_folder, cached_index
 from rpn_train.data.sampler import Planner
 from rpn_train.data.shapes import FIRST_VAL, draw_row, shapes_index
 from rpn_train.data.transforms import read_image
@@ -62,8 +64,12 @@ def anchor_grid(cfg: TrainConfig, strides: tuple[int, ...]) -> AnchorGrid:
     return AnchorGrid(sizes, cfg.anchors.ratios, strides, cfg.anchors.rounded)
 
 
-def open_split(dataset: DatasetConfig, which: str, seed: int) -> tuple[Index, ReadImage]:
+def open_split(
+    dataset: DatasetConfig, which: str, seed: int, *, need_images: bool = True
+) -> tuple[Index, ReadImage]:
     """The annotations of the "train" or "val" split, and how to read its images.
+
+    With `need_images` false, those of COCO may be missing.
 
     Raises:
         ConfigError: a path is needed and not given.
@@ -78,7 +84,13 @@ def open_split(dataset: DatasetConfig, which: str, seed: int) -> tuple[Index, Re
         annotations = _path(
             dataset, which, split, split.annotations, f"annotations/instances_{split.split}.json"
         )
-        index = read_coco(annotations, images, categories=dataset.categories, keep_empty=keep_empty)
+        index = read_coco(
+            annotations,
+            images,
+            categories=dataset.categories,
+            keep_empty=keep_empty,
+            need_images=need_images,
+        )
     else:
         index = read_voc(
             _path(dataset, which, split, split.annotations, "Annotations"),

@@ -12,8 +12,9 @@ from rpn_train.compose import compose, lay_over, parse, readable
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import launched, start
 from rpn_train.errors import ConfigError
+from rpn_train.export import export_network
 from rpn_train.options import from_mapping, option
-from rpn_train.pretrained import Pretrained, find_pretrained
+from rpn_train.pretrained import Pretrained, find_pretrained, trained_model
 from rpn_train.propose import propose
 from rpn_train.scoring import score_files, score_network
 from rpn_train.shell import check_device, guarded, launch, make_folder, num_processes
@@ -60,6 +61,20 @@ draw=       folder for a picture of each image
 """
 
 
+_EXPORT_USAGE = """\
+usage: rpn-export checkpoint=WHERE output=FILE [KEY=VALUE] ...
+
+Writes a trained network as one file that needs nothing of this package: images in, proposals out.
+
+  rpn-export checkpoint=runs/a output=rpn.onnx
+  rpn-export checkpoint=runs/a output=rpn.pt2 proposals.test.post_nms=300
+
+checkpoint= a run folder, a checkpoint in one, or torchvision:BUILDER[:WEIGHTS NAME OR FILE]
+output=     .onnx (needs pip install 'rpn-train[export]') or .pt2 (torch.export)
+`rpn-train --help` lists the other keys.
+"""
+
+
 @dataclass(frozen=True)
 class EvalArguments:
     """What only `rpn-eval` understands."""
@@ -82,6 +97,14 @@ class ProposeArguments:
     draw: str | None = option(None, "folder for pictures")
 
 
+@dataclass(frozen=True)
+class ExportArguments:
+    """What only `rpn-export` understands."""
+
+    checkpoint: str | None = option(None, "run folder, checkpoint or torchvision:BUILDER")
+    output: str | None = option(None, "file to write")
+
+
 def eval_main() -> None:
     """`rpn-eval`."""
     sys.exit(guarded(_eval, sys.argv[1:]))
@@ -90,6 +113,11 @@ def eval_main() -> None:
 def propose_main() -> None:
     """`rpn-propose`."""
     sys.exit(guarded(_propose, sys.argv[1:]))
+
+
+def export_main() -> None:
+    """`rpn-export`."""
+    sys.exit(guarded(_export, sys.argv[1:]))
 
 
 def _eval(arguments: Sequence[str]) -> int:
@@ -144,6 +172,22 @@ def _propose(arguments: Sequence[str]) -> int:
     make_folder(output.parent)
     with end_on_sigterm(), start(cfg.device) as ranks:
         propose(cfg, source, own.images, output, own.min_score, draw, ranks)
+    return 0
+
+
+def _export(arguments: Sequence[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(_EXPORT_USAGE, end="")
+        return 0
+    own, typed = _split(ExportArguments, arguments)
+    if own.checkpoint is None or own.output is None:
+        raise ConfigError("expected checkpoint=WHERE and output=FILE; rpn-export --help says more")
+    source = find_pretrained(own.checkpoint)
+    cfg = _configured(source, typed, needs_data=False)
+    output = Path(own.output).expanduser()
+    make_folder(output.parent)
+    export_network(trained_model(cfg, source), cfg, output, step=source.step)
+    print(f"written to {output}: {output.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -8,6 +8,7 @@ of -inf where that drops rows; `test_export.py` holds the two together.
 import io
 import json
 import os
+import textwrap
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 from torchvision.ops import nms
 
@@ -27,8 +28,8 @@ from rpn_train.config import ProposalsConfig, TrainConfig
 from rpn_train.errors import ConfigError
 from rpn_train.model import RPN, normalize_images
 
-# boxes [N, P, 4], logits [N, P], IoU, most of a row -> bool [N, P]: what NMS within each row keeps
-Suppress = Callable[[Tensor, Tensor, float, int], Tensor]
+# boxes [N, P, 4], logits [N, P], IoU -> bool [N, P]: what NMS within each row keeps
+Suppress = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @torch.no_grad()
@@ -65,10 +66,16 @@ def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int) -> No
         "divisor": str(max(model.grid.strides)),
         "step": str(step),
     }
-    with warnings.catch_warnings():
-        # what the exporters say is about their own code and changes with every version of them
-        warnings.simplefilter("ignore")
-        content = _FORMATS[path.suffix](network, cfg.proposals, about)
+    try:
+        with warnings.catch_warnings():
+            # what the exporters say is about their own code, and other in every version
+            warnings.simplefilter("ignore")
+            content = _FORMATS[path.suffix](network, cfg.proposals, about)
+    except Exception as error:  # theirs have no class in common
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+        raise ConfigError(
+            f"backbone.name: {cfg.backbone.name} cannot be exported to {path.suffix}: {reason}"
+        ) from error
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -91,10 +98,9 @@ class ProposalNetwork(nn.Module):
         boxes, logits = self._candidates(images, sizes)  # [B, L, P, 4], [B, L, P]
         # a box without extent overlaps nothing: dropped rows take no part in NMS
         boxes = torch.where(logits[..., None] > -torch.inf, boxes, 0.0)
-        most, iou = self._cfg.test.post_nms, self._cfg.nms_iou
-        keep = self._suppress(boxes.flatten(0, 1), logits.flatten(0, 1), iou, most)
+        keep = self._suppress(boxes.flatten(0, 1), logits.flatten(0, 1), self._cfg.nms_iou)
         logits = torch.where(keep.view_as(logits), logits, -torch.inf).flatten(1)  # [B, L * P]
-        logits, order = logits.topk(min(most, logits.shape[1]), dim=1)  # [B, K]
+        logits, order = logits.topk(min(self._cfg.test.post_nms, logits.shape[1]), dim=1)  # [B, K]
         boxes = boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4))
         valid = logits > -torch.inf
         return torch.where(valid[..., None], boxes, 0.0), logits, valid.sum(1)
@@ -119,7 +125,7 @@ class ProposalNetwork(nn.Module):
         return boxes, torch.where(large, top, -torch.inf)
 
 
-def nms_at_once(boxes: Tensor, logits: Tensor, iou: float, most: int) -> Tensor:
+def nms_at_once(boxes: Tensor, logits: Tensor, iou: float) -> Tensor:
     """NMS of all rows in one call, each moved to where no other reaches (a `Suppress`).
 
     In float64: so far out, the steps of float32 are hundredths of a pixel.
@@ -137,48 +143,44 @@ def nms_at_once(boxes: Tensor, logits: Tensor, iou: float, most: int) -> Tensor:
 
 
 @torch.library.custom_op("rpn_train::nms_by_row", mutates_args=())
-def nms_by_row(boxes: Tensor, logits: Tensor, iou: float, most: int) -> Tensor:
+def nms_by_row(boxes: Tensor, logits: Tensor, iou: float) -> Tensor:
     """NMS row by row (a `Suppress`): what stands for ONNX's operator until it is written."""
     keep = torch.zeros_like(logits, dtype=torch.bool)
     for row, (row_boxes, row_logits) in enumerate(zip(boxes, logits, strict=True)):
-        keep[row, nms(row_boxes, row_logits, iou)[:most]] = True
+        keep[row, nms(row_boxes, row_logits, iou)] = True
     return keep
 
 
 @nms_by_row.register_fake
-def _(boxes: Tensor, logits: Tensor, iou: float, most: int) -> Tensor:
+def _(boxes: Tensor, logits: Tensor, iou: float) -> Tensor:
     return torch.empty_like(logits, dtype=torch.bool)
 
 
-def _nms_in_onnx(boxes: Any, logits: Any, iou: float, most: int) -> Any:
+def _nms_in_onnx(boxes: Any, logits: Any, iou: float) -> Any:
     """`nms_by_row` in ONNX, whose operator takes a batch: here, of rows."""
     import onnxscript
 
     op: Any = onnxscript.opset18  # its annotations do not know that it takes numbers and lists
     scores = op.Unsqueeze(logits, [1])  # [N, 1 class, P]
-    kept = op.NonMaxSuppression(boxes, scores, [most], [iou])  # [kept, (row, class, box)]
+    most = op.Shape(boxes, start=1, end=2)
+    kept = op.NonMaxSuppression(boxes, scores, most, [iou])  # [kept, (row, class, box)]
     none = op.Expand(op.Constant(value_int=0), op.Shape(scores))
     ones = op.Expand(op.Constant(value_int=1), op.Shape(kept, start=0, end=1))
     return op.Cast(op.Squeeze(op.ScatterND(none, kept, ones), [1]), to=9)  # 9: BOOL
 
 
 def _to_pt2(network: RPN, cfg: ProposalsConfig, about: dict[str, str]) -> bytes:
-    proposer = ProposalNetwork(network, cfg, nms_at_once).eval()
-    images, shapes = _example(network)
-    program = torch.export.export(proposer, images, dynamic_shapes=shapes, strict=False)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+    program, _ = _follow(ProposalNetwork(network, cfg, nms_at_once))
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"rpn_train.json": json.dumps(about)})
     return file.getvalue()
 
 
 def _to_onnx(network: RPN, cfg: ProposalsConfig, about: dict[str, str]) -> bytes:
-    images, shapes = _example(network)
+    followed, shapes = _follow(ProposalNetwork(network, cfg, nms_by_row))
     program = torch.onnx.export(
-        ProposalNetwork(network, cfg, nms_by_row).eval(),
-        images,
-        dynamic_shapes=shapes,
+        followed,
+        dynamic_shapes=shapes,  # for their names
         input_names=["images", "sizes"],
         output_names=["boxes", "logits", "num_valid"],
         opset_version=18,  # what torch translates to without a conversion afterwards
@@ -187,23 +189,30 @@ def _to_onnx(network: RPN, cfg: ProposalsConfig, about: dict[str, str]) -> bytes
         verbose=False,
     )
     assert program is not None
-    for node in program.model.graph:
-        node.metadata_props.clear()  # paths of this machine
     program.model.metadata_props.update(about)
     return program.model_proto.SerializeToString()  # and not save(): one file, weights inside
 
 
-def _example(network: RPN) -> tuple[tuple[Tensor, Tensor], dict[str, dict[int, Any]]]:
-    """Inputs to follow through the network, and which of their sizes are free.
-
-    Two of everything, and three: a size of 1 would be taken for one that broadcasts.
-    """
-    stride = max(network.grid.strides)
-    images = torch.zeros(2, 3, 2 * stride, 3 * stride, dtype=torch.uint8)
-    sizes = torch.tensor([[2 * stride, 3 * stride]] * 2)
-    batch = Dim("batch")
+def _follow(proposer: ProposalNetwork) -> tuple[ExportedProgram, dict[str, dict[int, Any]]]:
+    """The operations of a network for any number and size of images, and which sizes are free."""
+    stride = max(proposer.network.grid.strides)
     height, width = (stride * Dim(name, min=2) for name in ("rows", "columns"))
-    return (images, sizes), {"images": {0: batch, 2: height, 3: width}, "sizes": {0: batch}}
+    shapes = {"images": {0: Dim("batch"), 2: height, 3: width}, "sizes": {0: Dim("batch")}}
+    # no size of the example is 1, which would be taken for one that broadcasts
+    program = torch.export.export(
+        proposer.eval(), _blank(2, 2 * stride, 3 * stride), dynamic_shapes=shapes, strict=False
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    # Swin takes other ways at other sizes: a program notices that when it runs, ONNX does not.
+    for rows, columns in ((3, 7), (5, 4)):
+        program.module()(*_blank(1, rows * stride, columns * stride))
+    return program, shapes
+
+
+def _blank(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+    return images, torch.tensor([[height, width]] * batch)
 
 
 _FORMATS = {".onnx": _to_onnx, ".pt2": _to_pt2}

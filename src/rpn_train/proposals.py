@@ -1,6 +1,8 @@
 """From outputs at every anchor to proposals (Ren et al. 2015, section 3.3 and its code)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,6 +10,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from rpn_train.boxes import clip, decode
+
+
+_Level = tuple[Tensor, Tensor]  # candidates of one level of one image: boxes [k, 4], logits [k]
 
 
 class Proposals(NamedTuple):
@@ -60,24 +65,32 @@ def make_proposals(
         boxes = clip(decode(picked, anchors[index]), sizes[:, None])
         candidates.append((boxes, top))
         start += length
-    return [
-        _suppress([(boxes[i], top[i]) for boxes, top in candidates], post_nms, nms_iou, min_size)
-        for i in range(len(logits))
-    ]
+    levels = [(boxes[i], top[i]) for i in range(len(logits)) for boxes, top in candidates]
+    kept = _map(partial(_suppress, post_nms=post_nms, nms_iou=nms_iou, min_size=min_size), levels)
+    per_image = len(candidates)
+    return [_best(kept[i * per_image : (i + 1) * per_image], post_nms) for i in range(len(logits))]
 
 
-def _suppress(
-    levels: list[tuple[Tensor, Tensor]], post_nms: int, nms_iou: float, min_size: float
-) -> Proposals:
-    """NMS in each level of one image, then the best `post_nms` of all."""
-    kept_boxes, kept_logits = [], []
-    for boxes, logits in levels:
-        sides = boxes[:, 2:] - boxes[:, :2]
-        large = (sides >= min_size).all(1)
-        boxes, logits = boxes[large], logits[large]
-        keep = nms(boxes, logits, nms_iou)[:post_nms]
-        kept_boxes.append(boxes[keep])
-        kept_logits.append(logits[keep])
-    boxes, logits = torch.cat(kept_boxes), torch.cat(kept_logits)
+def _map(function: Callable[[_Level], _Level], levels: list[_Level]) -> list[_Level]:
+    """The results in order. On the CPU side by side: NMS uses one core and lets Python go on."""
+    threads = torch.get_num_threads()
+    if threads == 1 or levels[0][0].is_cuda:
+        return [function(level) for level in levels]
+    with ThreadPoolExecutor(threads) as pool:
+        return [*pool.map(function, levels)]
+
+
+def _suppress(level: _Level, *, post_nms: int, nms_iou: float, min_size: float) -> _Level:
+    """NMS in one level of one image."""
+    boxes, logits = level
+    large = (boxes[:, 2:] - boxes[:, :2] >= min_size).all(1)
+    boxes, logits = boxes[large], logits[large]
+    keep = nms(boxes, logits, nms_iou)[:post_nms]
+    return boxes[keep], logits[keep]
+
+
+def _best(levels: list[_Level], post_nms: int) -> Proposals:
+    """The best of all levels of one image."""
+    boxes, logits = (torch.cat(parts) for parts in zip(*levels, strict=True))
     order = logits.argsort(descending=True, stable=True)[:post_nms]
     return Proposals(boxes[order], logits[order])

@@ -66,7 +66,7 @@ def score_files(cfg: TrainConfig, files: Mapping[str, Path], folder: Path) -> No
     Raises:
         UserError: a fault of the data or of a file.
     """
-    index, read = open_split(cfg.dataset, cfg.eval.split, cfg.seed)
+    index, read = open_split(cfg.dataset, cfg.eval.split, cfg.seed, need_images=False)
     proposals = {}
     for name, path in files.items():
         loaded = read_proposals(path, index, match=cfg.eval.match)

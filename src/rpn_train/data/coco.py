@@ -49,7 +49,12 @@ class _File(msgspec.Struct, gc=False):
 
 
 def read_coco(
-    annotations: Path, images: Path, *, categories: Sequence[str] | None, keep_empty: bool
+    annotations: Path,
+    images: Path,
+    *,
+    categories: Sequence[str] | None,
+    keep_empty: bool,
+    need_images: bool = True,
 ) -> Index:
     """Read a split in the COCO format.
 
@@ -62,11 +67,12 @@ def read_coco(
         images: the folder its `file_name`s are relative to.
         categories: names whose boxes are read; None for all. Images stay whatever it is.
         keep_empty: keep images without an object (see `build_index`).
+        need_images: whether every image must be in its folder.
 
     Raises:
         DataError: a file is missing, broken or at odds with itself, or a category is unknown.
     """
-    on_disk = list_folder(images, "images")
+    on_disk = list_folder(images, "images") if need_images else None
     file = _decode(annotations)
     image_ids = np.array([image.id for image in file.images], np.int64)
     chosen = file.annotations
@@ -91,7 +97,8 @@ def read_coco(
         ignore=np.array([box.iscrowd != 0 for box in chosen], np.bool_)[read],
         keep_empty=keep_empty,
     )
-    _check_files(annotations, index, on_disk)
+    if on_disk is not None:
+        _check_files(annotations, index, on_disk)
     return index
 
 
