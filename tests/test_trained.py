@@ -193,6 +193,7 @@ def test_min_score(run: Path, tmp_path: Path) -> None:
         (_propose, ["checkpoint={run}", "output={tmp}/a.npz", "images={tmp}/no"], "images: expec"),
         (_eval, [], "expected checkpoint=WHERE or proposals=FILE"),
         (_eval, ["proposals={tmp}/no.json"], "nothing at {tmp}/no.json"),
+        (_eval, ["proposals={{../a: b.npz}}"], "proposals: expected names of letters, digits"),
         (_eval, ["proposals={{a"], "proposals: expected FILE or '{{name: FILE, ...}}'"),
     ],
 )

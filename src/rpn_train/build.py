@@ -84,12 +84,17 @@ def open_split(
         annotations = _path(
             dataset, which, split, split.annotations, f"annotations/instances_{split.split}.json"
         )
-        index = read_coco(
+        options: dict[str, Any] = {
+            "categories": dataset.categories,
+            "keep_empty": keep_empty,
+            "need_images": need_images,
+        }
+        index = cached_index(
             annotations,
             images,
-            categories=dataset.categories,
-            keep_empty=keep_empty,
-            need_images=need_images,
+            options=options,
+            folder=cache_folder(None),
+            make=partial(read_coco, annotations, images, **options),
         )
     else:
         index = read_voc(

@@ -1,5 +1,6 @@
 """The commands on a trained network: `rpn-eval`, `rpn-propose`, `rpn-export`."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -228,4 +229,9 @@ def _named_files(text: str) -> dict[str, Path]:
         named = None
     if not isinstance(named, dict) or not named:
         raise ConfigError(f"proposals: expected FILE or '{{name: FILE, ...}}', got {text!r}")
+    for name in named:  # it becomes a part of file names
+        if not re.fullmatch(r"[\w][\w .+-]*", str(name)):
+            raise ConfigError(
+                f"proposals: expected names of letters, digits, spaces and _ . + -, got {name!r}"
+            )
     return {str(name): Path(str(file)).expanduser() for name, file in named.items()}

@@ -36,8 +36,8 @@ Suppress = Callable[[Tensor, Tensor, float], Tensor]
 def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int) -> None:
     """Write a network, from images to proposals, as `.onnx` or `.pt2`: whole or not at all.
 
-    Inputs of the file. B, H and W are free; H and W are multiples of the largest stride (of a .pt2:
-    2 strides at least), and the file fails at others, as far as its levels do not fit them.
+    Inputs of the file. B, H and W are free, H and W multiples of the largest stride (in a .pt2 also
+    at least twice as large); running the file fails where they are not.
         images: uint8 [B, 3, H, W] RGB, resized to `cfg.image`, padded at the right and bottom.
         sizes: int64 [B, 2] height and width of each image without padding, px.
     Outputs. K is `cfg.proposals.test.post_nms`, or levels * pre_nms where that is less.
@@ -45,12 +45,17 @@ def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int) -> No
         logits: float32 [B, K] objectness; -inf after the last proposal.
         num_valid: int64 [B] how many of the K rows are proposals.
 
-    They are those of `propose_batch` in fp32, whatever `cfg.precision` says; the order among equal
-    logits may differ. What the input has to be is in the file too: in the metadata of an ONNX
-    model, in the extra file `rpn_train.json` of a .pt2.
+    They are those of `make_proposals` in fp32, whatever `cfg.precision` says; only the order among
+    equal logits may differ. What the input has to be is in the file too: in the metadata of an ONNX
+    model, in the extra file `rpn_train.json` of a .pt2. The latter is for the CPU and loads after
+    `import torchvision`; its NMS takes time by the square of B.
+
+    Args:
+        step: of the training, for the metadata.
 
     Raises:
-        ConfigError: another suffix, or the packages of the extra `export` are not installed.
+        ConfigError: another suffix, the packages of the extra `export` are not installed, or the
+            exporter cannot follow the network; of those built here, that is swin_t_fpn.
     """
     if path.suffix not in _FORMATS:
         expected = " or ".join(_FORMATS)
@@ -205,7 +210,7 @@ def _follow(proposer: ProposalNetwork) -> tuple[ExportedProgram, dict[str, dict[
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     # Swin takes other ways at other sizes: a program notices that when it runs, ONNX does not.
-    for rows, columns in ((3, 7), (5, 4)):
+    for rows, columns in ((5, 7), (7, 4)):
         program.module()(*_blank(1, rows * stride, columns * stride))
     return program, shapes
 

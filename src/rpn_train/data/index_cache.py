@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from rpn_train.data.index import Index
 
@@ -57,44 +58,51 @@ def cached_index(
         folder: where the caches are; made if need be.
         make: reads the index. Its errors are passed on.
     """
-    try:
-        if annotations.stat().st_size < _MIN_BYTES:
-            return make()
-        cache = folder.expanduser() / _name(annotations, images, options)
-    except (OSError, RuntimeError):  # no such file, which `make` can say better; no home folder
+    cache = _cache_of(annotations, images, options, folder)
+    if cache is None:
         return make()
     index = _load(cache, images)
     if index is None:
         shutil.rmtree(cache, ignore_errors=True)  # a broken one
         index = make()
-        with suppress(OSError):  # read-only, full
-            # The annotations may have changed while they were read.
-            if cache.name == _name(annotations, images, options):
+        # The annotations may have changed while they were read.
+        if _cache_of(annotations, images, options, folder) == cache:
+            with suppress(OSError):  # read-only, full, or another process was faster
                 _store(index, cache)
         index = _load(cache, images) or index  # mapped, in the place of this process's own
     return index
 
 
-def _name(annotations: Path, images: Path, options: Mapping[str, Any]) -> str:
-    file, listing = annotations.stat(), images.stat()
-    known = (
-        FORMAT,
-        str(annotations.resolve()),
-        file.st_size,
-        file.st_mtime_ns,
-        str(images.resolve()),
-        listing.st_mtime_ns,
-        dict(options),
-    )
-    text = json.dumps(known, sort_keys=True)
-    return _PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
+def _cache_of(
+    annotations: Path, images: Path, options: Mapping[str, Any], folder: Path
+) -> Path | None:
+    """The place of the cache; None where it is not worth one, or the files are not there."""
+    try:
+        file, listing = annotations.stat(), images.stat()
+        known = (
+            FORMAT,
+            str(annotations.resolve()),
+            file.st_size,
+            file.st_mtime_ns,
+            str(images.resolve()),
+            listing.st_mtime_ns,
+            dict(options),
+        )
+        folder = folder.expanduser()
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, or nobody knows the home
+        return None
+    if file.st_size < _MIN_BYTES:
+        return None
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return folder / (_PREFIX + digest[:32])
 
 
 def _load(cache: Path, root: Path) -> Index | None:
     """The index in a cache; None if there is no cache, or a broken one."""
     try:
         arrays = {
-            name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+            # not np.load, which also reads zip files and pickles
+            name: np.asarray(open_memmap(cache / f"{name}.npy", mode="r"))
             for name in _ARRAYS
         }
         dropped = json.loads((cache / "dropped.json").read_bytes())
