@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rpn_train"
 # A module imports only from what stands before it.
 ORDER = [
     *["errors", "options", "stop"],
-    *["boxes", "anchors", "windows", "targets", "losses", "proposals", "recall"],
+    *["boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals", "recall"],
     *["weights", "norms", "timm_body", "backbones", "sparse", "model", "detectors"],
     *["data.index", "data.coco", "data.voc", "data.shapes", "data.files"],
     *["data.transforms", "data.sampler", "data.batch"],
@@ -23,7 +23,7 @@ ORDER = [
     *["train", "proposer", "scoring", "propose", "export"],
     *["compose", "shell", "cli", "cli_trained", "__main__"],
 ]
-CORE = {"boxes", "anchors", "windows", "targets", "losses", "proposals"}
+CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals"}
 
 # What has one home, so that it can be replaced there and nowhere else needs to know it.
 HOMES = {

@@ -34,7 +34,7 @@ from rpn_train.options import (
 from rpn_train.read_proposals import read_proposals
 from rpn_train.recall import ObjectArrays, ProposalArrays, score_recall
 from rpn_train.schedule import build_optimizer, lr_at
-from rpn_train.targets import assign
+from rpn_train.targets import assign_dense
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = sorted(CONFIGS.glob("*/*.yaml"))
@@ -321,7 +321,7 @@ def of_norm(value: Any) -> type:
 def of_border(value: Any) -> list[int]:
     anchors = torch.tensor([[-1.0, 0, 9, 10]])
     boxes, yes = anchors[None], torch.tensor([[True]])
-    assignment = assign(
+    assignment = assign_dense(
         anchors,
         boxes,
         yes,

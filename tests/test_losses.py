@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.ops import generalized_box_iou_loss
 
+from rpn_train.anchors import AnchorGrid
 from rpn_train.boxes import decode
 from rpn_train.losses import box_loss, objectness_loss, rpn_losses
 from rpn_train.model import normalize_images
@@ -151,8 +152,9 @@ def test_nothing_waits_for_the_numbers(kind):
         anchors, gt = torch.empty(300, 4), torch.empty(2, 5, 4)
         flags, sizes = torch.empty(2, 5, dtype=torch.bool), torch.empty(2, 2, dtype=torch.int64)
         rule = {"fg_iou": 0.7, "bg_iou": 0.3, "force_best": True, "forced_min_iou": 0.1}
+        grid = AnchorGrid(((16.0,),), (1.0,), (16,), rounded=True)
         assignment = assign(
-            anchors, gt, flags, flags, sizes, **rule, ignore_ioa=0.5, border="ignore"
+            grid, (240, 320), gt, flags, flags, sizes, **rule, ignore_ioa=0.5, border="ignore"
         )
         keys = random_keys(torch.empty(2, dtype=torch.int64), 300)
         picks = sample(assignment.labels, keys, num_samples=256, fg_fraction=0.5)

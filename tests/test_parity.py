@@ -158,7 +158,7 @@ def test_assignment(most):
     batch = 20
     boxes, valid = random_objects(most, batch, most)
     ignore, sizes = torch.zeros_like(valid), torch.tensor([CANVAS] * batch)
-    ours = assign(anchors, boxes, valid, ignore, sizes, **RULE)
+    ours = assign(grid, CANVAS, boxes, valid, ignore, sizes, **RULE)
     labels, matched = torchvision_rpn().assign_targets_to_anchors(
         [anchors] * batch, as_targets(boxes, valid)
     )
@@ -186,7 +186,7 @@ def test_losses_and_gradients(pair, images):
     boxes, valid = random_objects(5, 2, 9)
     valid[:] = torch.tensor([[True] * 9, [False] * 9])  # the second image has no objects
     anchors = grid_anchors(ours.grid, CANVAS, CPU)
-    assignment = assign(anchors, boxes, valid, torch.zeros_like(valid), SIZES, **RULE)
+    assignment = assign(ours.grid, CANVAS, boxes, valid, torch.zeros_like(valid), SIZES, **RULE)
     keys = random_keys(torch.tensor([3, 4]), len(anchors))
     picks = sample(assignment.labels, keys, num_samples=256, fg_fraction=0.5)
     assert picks.valid.all()
@@ -274,7 +274,7 @@ def test_an_unreachable_object_makes_no_anchor_positive():
     valid, sizes = torch.tensor([[True]]), torch.tensor([[32, 48]])
     labels = torchvision_rpn().assign_targets_to_anchors([anchors], as_targets(boxes, valid))[0]
     assert labels[0].tolist() == [1] * 6
-    ours = assign(anchors, boxes, valid, ~valid, sizes, **RULE)
+    ours = assign(grid, (32, 48), boxes, valid, ~valid, sizes, **RULE)
     assert ours.labels.tolist() == [[0] * 6]
 
 
@@ -316,10 +316,11 @@ def test_boxes_are_float32_under_autocast():
 def test_the_normaliser_does_not_count():
     """An image of 12 anchors fills 12 of 256 slots: torchvision divides by 12, we by 256."""
     torch.manual_seed(0)
-    anchors = grid_anchors(AnchorGrid(((16.0,),), (1.0,), (16,), True), (48, 64), CPU)
+    grid = AnchorGrid(((16.0,),), (1.0,), (16,), True)
+    anchors = grid_anchors(grid, (48, 64), CPU)
     boxes, valid = torch.tensor([[[1.0, 2, 17, 21]]]), torch.tensor([[True]])
     sizes = torch.tensor([[48, 64]])
-    assignment = assign(anchors, boxes, valid, ~valid, sizes, **RULE)
+    assignment = assign(grid, (48, 64), boxes, valid, ~valid, sizes, **RULE)
     picks = sample(
         assignment.labels, random_keys(torch.tensor([0]), 12), num_samples=256, fg_fraction=0.5
     )

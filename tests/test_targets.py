@@ -1,11 +1,14 @@
-"""Assignment against hand calculations, sampling against a plain form of itself."""
+"""Assignment against hand calculations, sampling against a plain form of itself.
+
+The assignment here is the dense one; that of the CPU is compared with it in `test_windows.py`.
+"""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpn_train.targets import assign, assign_image, random_keys, sample
+from rpn_train.targets import assign_dense, random_keys, sample
 
 RULE = {
     "fg_iou": 0.7,
@@ -23,16 +26,16 @@ OBJECT = [0, 0, 10, 8]
 def label(anchors, gt, *, valid=None, ignore=None, size=(100, 100), **changed):
     """Labels and matches of one image, as lists."""
     rows = len(gt)
-    labels, matches = assign_image(
+    labels, matches = assign_dense(
         torch.tensor(anchors, dtype=torch.float32),
-        torch.tensor(gt, dtype=torch.float32),
-        torch.tensor(valid or [True] * rows),
-        torch.tensor(ignore or [False] * rows),
-        torch.tensor(size),
+        torch.tensor([gt], dtype=torch.float32),
+        torch.tensor([valid or [True] * rows]),
+        torch.tensor([ignore or [False] * rows]),
+        torch.tensor([size]),
         **{**RULE, **changed},
     )
     assert (labels.dtype, matches.dtype) == (torch.int8, torch.int64)
-    return labels.tolist(), matches.tolist()
+    return labels[0].tolist(), matches[0].tolist()
 
 
 def test_positive_ignored_background():
@@ -116,10 +119,10 @@ def test_a_batch_is_its_images():
     valid, ignore = torch.tensor([[True, False], [True, True]]), torch.tensor([[False] * 2] * 2)
     sizes = torch.tensor([[100, 100], [55, 100]])
     rule = {**RULE, "border": "ignore"}
-    batch = assign(anchors, gt, valid, ignore, sizes, **rule)
+    batch = assign_dense(anchors, gt, valid, ignore, sizes, **rule)
     assert batch.labels.tolist() == [[1, -1, 0], [1, -1, -1]]
-    for i in range(2):
-        labels, matches = assign_image(anchors, gt[i], valid[i], ignore[i], sizes[i], **rule)
+    for i in (slice(1), slice(1, 2)):
+        labels, matches = assign_dense(anchors, gt[i], valid[i], ignore[i], sizes[i], **rule)
         assert torch.equal(batch.labels[i], labels)
         assert torch.equal(batch.matches[i], matches)
 

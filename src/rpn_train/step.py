@@ -60,7 +60,8 @@ def batch_losses(
     method = cfg.method
     anchors = grid_anchors(grid, batch.canvas, batch.images.device)
     assignment = assign(
-        anchors,
+        grid,
+        batch.canvas,
         batch.gt_boxes,
         batch.gt_valid,
         batch.gt_ignore,

@@ -1,24 +1,37 @@
 """Which anchors are positive, background or ignored, and which of them the loss reads.
 
 Both follow from boxes and anchors alone, not from predictions, so they come before the network.
-Everything works with fixed shapes and masks: nothing here waits for a GPU.
+On a GPU everything works with fixed shapes and masks: nothing here waits for it.
 """
 
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
-from rpn_train.boxes import intersection_over_anchor
+from rpn_train.anchors import AnchorGrid, grid_anchors
+from rpn_train.overlaps import Overlaps, dense_overlaps, window_overlaps
 
 POSITIVE, BACKGROUND, IGNORED = 1, 0, -1
 
-_MASK32 = 0xFFFFFFFF
+
+class AssignmentRule(TypedDict):
+    """The keywords of `assign`."""
+
+    fg_iou: float
+    bg_iou: float
+    force_best: bool
+    forced_min_iou: float
+    ignore_ioa: float
+    border: str
 
 
 class Assignment(NamedTuple):
-    """labels int8 [B, R]: POSITIVE, BACKGROUND, IGNORED; matches int64 [B, R]: rows of gt_boxes."""
+    """labels int8 [B, R]: POSITIVE, BACKGROUND, IGNORED; matches int64 [B, R]: rows of gt_boxes.
+
+    A positive's match is the object of highest IoU, the first of several. The match of any other
+    anchor is some row, and means nothing.
+    """
 
     labels: Tensor
     matches: Tensor
@@ -36,74 +49,51 @@ class Picks(NamedTuple):
     valid: Tensor
 
 
-def assign_image(
-    anchors: Tensor,
+def assign(
+    grid: AnchorGrid,
+    canvas: tuple[int, int],
     gt_boxes: Tensor,
     gt_valid: Tensor,
     gt_ignore: Tensor,
-    size: Tensor,
-    *,
-    fg_iou: float,
-    bg_iou: float,
-    force_best: bool,
-    forced_min_iou: float,
-    ignore_ioa: float,
-    border: str,
-) -> tuple[Tensor, Tensor]:
-    """Labels and matches of the anchors of one image (Ren et al. 2015, section 3.1.2).
+    sizes: Tensor,
+    **rule: Unpack[AssignmentRule],
+) -> Assignment:
+    """Labels and matches of the anchors of a batch (Ren et al. 2015, section 3.1.2).
 
     Positive: IoU >= fg_iou with an object, or the highest IoU of all anchors with some object,
-    ties included (`force_best`). Background: IoU < bg_iou with every object. Ignored: the rest,
-    anchors of which `ignore_ioa` of the area lies in an ignore box (unless positive), and with
-    border="ignore" those that cross the image border.
+    ties included (`force_best`), if it is at least forced_min_iou. Background: IoU < bg_iou with
+    every object. Ignored: the rest, anchors of which `ignore_ioa` of the area lies in an ignore
+    box (unless positive), and with border="ignore" those that cross the image border.
 
     A forced positive keeps the object it overlaps most, as in torchvision and Detectron2. Unlike
     there an object that no anchor overlaps forces nothing (they make every anchor of IoU 0
     positive then; pinned in `test_parity.py`).
 
     Args:
-        anchors: [R, 4] xyxy px.
-        gt_boxes: [G, 4] xyxy px, padded to G >= 1 rows.
-        gt_valid: bool [G], false for padding.
-        gt_ignore: bool [G], true for crowd and difficult boxes.
-        size: [2] height and width of the image without padding, px.
-
-    Returns:
-        labels int8 [R] and matches int64 [R], the row of the object of highest IoU.
+        grid, canvas: of `grid_anchors`, whose anchors these are.
+        gt_boxes: float32 [B, G, 4] xyxy px, padded to G >= 1 rows.
+        gt_valid: bool [B, G], false for padding.
+        gt_ignore: bool [B, G], true for crowd and difficult boxes.
+        sizes: int64 [B, 2], height and width of the images without padding, px.
     """
-    is_object = gt_valid & ~gt_ignore
-    iou = box_iou(gt_boxes, anchors)  # [G, R]
-    usable = torch.ones_like(anchors[:, 0], dtype=torch.bool)
-    if border == "ignore":
-        height, width = size.unbind()
-        usable = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] <= width) & (anchors[:, 3] <= height)
-    iou = iou.masked_fill(~(is_object[:, None] & usable), -1.0)
-    best_iou, matches = iou.max(dim=0)  # [R]
-    labels = torch.full_like(matches, IGNORED, dtype=torch.int8)
-    labels[best_iou < bg_iou] = BACKGROUND
-    in_crowd = intersection_over_anchor(anchors, gt_boxes) >= ignore_ioa  # [G, R]
-    labels[(in_crowd & (gt_valid & gt_ignore)[:, None]).any(dim=0)] = IGNORED
-    labels[best_iou >= fg_iou] = POSITIVE
-    if force_best:
-        best_of_object = iou.amax(dim=1, keepdim=True)  # [G, 1]
-        reachable = (best_of_object > 0) & (best_of_object >= forced_min_iou)
-        labels[((iou == best_of_object) & reachable).any(dim=0)] = POSITIVE
-    labels[~usable] = IGNORED
-    return labels, matches
+    if gt_boxes.device.type != "cpu":
+        anchors = grid_anchors(grid, canvas, gt_boxes.device)
+        return assign_dense(anchors, gt_boxes, gt_valid, gt_ignore, sizes, **rule)
+    overlaps = window_overlaps(
+        grid,
+        canvas,
+        gt_boxes,
+        gt_valid & ~gt_ignore,
+        gt_valid & gt_ignore,
+        sizes if rule["border"] == "ignore" else None,
+        exact_from=min(rule["fg_iou"], rule["bg_iou"]),
+        forced_from=rule["forced_min_iou"] if rule["force_best"] else torch.inf,
+        ignore_ioa=rule["ignore_ioa"],
+    )
+    return Assignment(_labels(overlaps, rule), overlaps.matches)
 
 
-class AssignmentRule(TypedDict):
-    """The keywords of `assign_image`, as the batch version passes them on."""
-
-    fg_iou: float
-    bg_iou: float
-    force_best: bool
-    forced_min_iou: float
-    ignore_ioa: float
-    border: str
-
-
-def assign(
+def assign_dense(
     anchors: Tensor,
     gt_boxes: Tensor,
     gt_valid: Tensor,
@@ -111,10 +101,26 @@ def assign(
     sizes: Tensor,
     **rule: Unpack[AssignmentRule],
 ) -> Assignment:
-    """`assign_image` for a batch: gt_boxes [B, G, 4], gt_valid, gt_ignore [B, G], sizes [B, 2]."""
-    images = zip(gt_boxes, gt_valid, gt_ignore, sizes, strict=True)
-    labels, matches = zip(*(assign_image(anchors, *image, **rule) for image in images), strict=True)
-    return Assignment(torch.stack(labels), torch.stack(matches))
+    """`assign` for any anchors [R, 4] on any device, by comparing all of them with all boxes."""
+    overlaps = dense_overlaps(
+        anchors,
+        gt_boxes,
+        gt_valid & ~gt_ignore,
+        gt_valid & gt_ignore,
+        sizes if rule["border"] == "ignore" else None,
+        forced_from=rule["forced_min_iou"] if rule["force_best"] else torch.inf,
+        ignore_ioa=rule["ignore_ioa"],
+    )
+    return Assignment(_labels(overlaps, rule), overlaps.matches)
+
+
+def _labels(overlaps: Overlaps, rule: AssignmentRule) -> Tensor:
+    """Labels int8 [B, R]; by arithmetic, since filling by masks is slow on a CPU."""
+    positive = (overlaps.forced | (overlaps.best_iou >= rule["fg_iou"])) & overlaps.usable
+    ignored = (
+        overlaps.in_crowd | (overlaps.best_iou >= rule["bg_iou"]) | ~overlaps.usable
+    ) & ~positive
+    return positive.view(torch.int8) - ignored.view(torch.int8)
 
 
 def random_keys(seeds: Tensor, num_anchors: int) -> Tensor:
@@ -126,10 +132,11 @@ def random_keys(seeds: Tensor, num_anchors: int) -> Tensor:
     Args:
         seeds: int64 [B] in [0, 2^62), one of each image and step.
     """
-    index = torch.arange(num_anchors, device=seeds.device)
-    low, high = seeds[:, None] & _MASK32, seeds[:, None] >> 32
+    index = torch.arange(num_anchors, dtype=torch.int32, device=seeds.device)
+    low, high = seeds[:, None].int(), (seeds[:, None] >> 32).int()
     # each operation permutes the 32-bit integers, so the keys of an image are as distinct as index
-    return _hash32(_hash32(_hash32(index) ^ low) ^ high)  # [B, R]
+    keys = _hash32_(_hash32_(_hash32_(index) ^ low).bitwise_xor_(high))  # [B, R]
+    return keys.long().bitwise_and_(0xFFFFFFFF)
 
 
 def sample(labels: Tensor, keys: Tensor, *, num_samples: int, fg_fraction: float) -> Picks:
@@ -144,22 +151,25 @@ def sample(labels: Tensor, keys: Tensor, *, num_samples: int, fg_fraction: float
     num_anchors = labels.shape[1]
     most_positives = min(int(num_samples * fg_fraction), num_anchors)
     slots = min(num_samples, num_anchors)
-    is_positive, is_background = labels == POSITIVE, labels == BACKGROUND
-    positives = keys.masked_fill(~is_positive, -1).topk(most_positives).indices  # [B, P]
-    background = keys.masked_fill(~is_background, -1).topk(slots).indices  # [B, S]
-    num_positive = is_positive.sum(1, keepdim=True).clamp(max=most_positives)  # [B, 1]
-    num_background = is_background.sum(1, keepdim=True)
-    slot = torch.arange(slots, device=labels.device).expand_as(background)
+    positives = torch.where(labels == POSITIVE, keys, -1).topk(most_positives)  # [B, P]
+    background = torch.where(labels == BACKGROUND, keys, -1).topk(slots)  # [B, S]
+    num_positive = (positives.values >= 0).sum(1, keepdim=True)  # [B, 1]
+    num_background = (background.values >= 0).sum(1, keepdim=True)
+    slot = torch.arange(slots, device=labels.device).expand_as(background.indices)
     positive = slot < num_positive
-    both = torch.cat([positives, background], dim=1)
+    both = torch.cat([positives.indices, background.indices], dim=1)
     at = both.gather(1, torch.where(positive, slot, most_positives + slot - num_positive))
     return Picks(at, positive, slot < num_positive + num_background)
 
 
-def _hash32(x: Tensor) -> Tensor:
-    """A permutation of the 32-bit integers that mixes every bit ("lowbias32", C. Wellons 2018)."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
+def _hash32_(x: Tensor) -> Tensor:
+    """A permutation of the 32-bit integers that mixes every bit ("lowbias32", C. Wellons 2018).
+
+    In place, on an int32 tensor, whose products wrap: half the memory of int64, and faster.
+    """
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_(0xFFFFFFFF >> shift))  # without copies of the sign
+        x.mul_(factor)
+    return x
