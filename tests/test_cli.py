@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from rpn_train import checkpoint, cli, cli_trained
+from rpn_train import checkpoint, cli, cli_trained, shell
 from rpn_train.build import build_model
 from rpn_train.compose import groups, lay_over, parse
 from rpn_train.config import TrainConfig
@@ -386,12 +386,13 @@ def test_several_processes_are_started_with_what_was_typed(
         def wait(self) -> int:
             return 3
 
-    monkeypatch.setattr(cli.subprocess, "Popen", Started)
+    monkeypatch.setattr(shell.subprocess, "Popen", Started)
     typed = ["devices=2", "device=cpu", "schedule.batch_size=4"]
     assert run(cli._train, *typed, "output_dir=a b=c")[0] == 3
     assert commands[0][1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in commands[0]
-    passed_on = commands[0][commands[0].index("rpn_train") + 1 :]
+    name, *passed_on = commands[0][commands[0].index("rpn_train") + 1 :]
+    assert name == "train"
     cfg = cli.compose_run(passed_on)
     assert cfg == cli.compose_run([*typed, "output_dir='a b=c'"])
     assert cfg.output_dir == "a b=c"
@@ -522,7 +523,7 @@ def test_what_was_stored_is_checked_too(tmp_path: Path) -> None:
 def save_run(folder: Path) -> TrainConfig:
     """A run folder with an untrained network."""
     cfg = cli.compose_run([*TYPED, "seed=5", f"output_dir={folder}"])
-    cli._open_folder(cfg, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     write_yaml(folder / "config.yaml", to_mapping(cfg))
     model = build_model(cfg)
     saved = {
@@ -566,7 +567,7 @@ def test_faults_of_eval(run: Run, tmp_path: Path) -> None:
         assert err.count("\n") == 1
         return err.removeprefix("error: ").strip().replace(str(tmp_path), "TMP")
 
-    either = "expected checkpoint=RUN_FOLDER_OR_FILE or proposals=FILE, one of the two; "
+    either = "expected checkpoint=WHERE or proposals=FILE, one of the two; "
     assert fault() == f"{either}rpn-eval --help says more"
     assert fault("checkpoint=a", "checkpoint=b") == (
         "checkpoint: expected once, got it several times"
@@ -589,6 +590,6 @@ def test_faults_of_eval(run: Run, tmp_path: Path) -> None:
     )
     last.write_bytes(last.read_bytes()[:1000])
     expected = "TMP/run/checkpoints/last.pt: expected a checkpoint of rpn-train, got "
-    assert fault(given) == f"{expected}a broken or another file (RuntimeError)"
+    assert fault(given) == f"{expected}a broken or another file (BadZipFile)"
     torch.save({"model": {}}, last)
     assert fault(given) == f"{expected}another file"

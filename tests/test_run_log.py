@@ -63,7 +63,7 @@ def test_the_table_shows_each_size_and_a_dash_where_there_is_no_object() -> None
     proposals = ProposalArrays(boxes[1:], np.ones(1), np.array([0, 1]))
     figures = score_recall(proposals, objects, max_proposals=(5,)).figures()
     table = recall_table(figures).splitlines()
-    assert table[0].split() == "AR small medium large IoU .5 IoU .7 IoU .75".split()
+    assert table[0].split() == "AR small medium large IoU .5 IoU .7 IoU .75".split()  # noqa: SIM905
     assert table[1].split() == ["@5", "0.5000", "0.0000", "-", "1.0000", *["0.5000"] * 3]
     assert table[-1].split() == ["objects", "2", "1", "0", "1"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.errors import CheckpointError, DivergedError
 from rpn_train.options import from_mapping
+from rpn_train.run_folder import run_folder
 from rpn_train.step import training_step
 from rpn_train.train import train
 
@@ -112,6 +114,49 @@ def test_a_run_folder_holds_what_it_should(whole: Path) -> None:
     assert from_mapping(TrainConfig, stored) == config()
     best = checkpoint.load(whole / "checkpoints" / "best.pt")
     assert best["best_ar_100"] == max(line.get("val/ar_100", -1) for line in metrics(whole))
+
+
+def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends as if nothing had been."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    last = folder / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    assert train(config(resume="auto"), folder, ONE) is None
+    assert_same_run(whole, folder)
+    expected = f"changed: last.pt: {last}: expected a checkpoint of rpn-train, got a broken or"
+    told = capsys.readouterr().out
+    assert expected in told
+    assert "-> last.1.pt" in told
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with run_folder(tmp_path, goes_on=False):
+        second = [sys.executable, "-m", "rpn_train", *arguments(), f"output_dir={tmp_path}"]
+        refused = subprocess.run(second, capture_output=True, text=True, env=ONE_THREAD)
+    assert refused.returncode == 2
+    expected = f"error: output_dir: {tmp_path} is in use by the run of process {os.getpid()}; "
+    assert refused.stderr == expected + "wait for it, or give another folder\n"
+    with run_folder(tmp_path, goes_on=False):
+        pass  # free again
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    typed = [*arguments(workers=2, schedule__steps=100000, eval_every=100000, log_every=1)]
+    command = [sys.executable, "-m", "rpn_train", *typed, f"output_dir={tmp_path / 'run'}"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("step 3/"):
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            break
+    _, fault = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert fault.startswith("error: a loader process ended: DataLoader worker (pid")
+    assert fault.count("\n") == 1
 
 
 def test_killed_in_the_middle_of_an_epoch_and_resumed_is_the_same_run(

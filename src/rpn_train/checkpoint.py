@@ -1,6 +1,8 @@
 """Checkpoints: saved whole or not at all, loaded without running anything they contain."""
 
 import os
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,26 +16,94 @@ _KEYS = {"format", "config", "step", "evaluated", "best_ar_100", "history"}
 _KEYS |= {"model", "ema", "optimizer", "scaler"}
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint atomically: a crash leaves the previous one as it was."""
+def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
+    """Write a checkpoint atomically: a crash leaves the previous one as it was.
+
+    Args:
+        keep: how many stay: besides the new one that of before as `<name>.1.pt`, and so on.
+
+    Raises:
+        CheckpointError: it cannot be written, for want of room perhaps. Those of before stay.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _keep_older(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: cannot be written ({reason}); what was saved before is intact: make room and "
+            "go on with resume=auto"
+        ) from error
+
+
+def _keep_older(path: Path, keep: int) -> None:
+    """Move each one place further; `path` itself stays until it is replaced."""
+    for place in range(keep - 1, 0, -1):
+        newer, older = _older(path, place - 1), _older(path, place)
+        if place > 1 and newer.is_file():
+            os.replace(newer, older)
+        elif newer.is_file():
+            temporary = older.with_name(older.name + ".tmp")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(newer, temporary)
+            except OSError:  # not every file system has links
+                shutil.copyfile(newer, temporary)
+            os.replace(temporary, older)
+
+
+def _older(path: Path, place: int) -> Path:
+    """The name of the one that many saves before `path`."""
+    return path.with_name(f"{path.stem}.{place}{path.suffix}") if place else path
+
+
+def load_newest(path: Path) -> tuple[dict[str, Any], Path, str | None]:
+    """The newest whole checkpoint of `path` and those kept from before it.
+
+    Returns:
+        The checkpoint, its path, and what is wrong with those that are newer; None if it is `path`.
+
+    Raises:
+        CheckpointError: none is whole; says what is wrong with the newest.
+    """
+    faults: list[str] = []
+    for candidate in kept(path):
+        try:
+            return load(candidate), candidate, "; ".join(faults) or None
+        except CheckpointError as error:
+            faults.append(str(error))
+    raise CheckpointError(faults[0] if faults else f"expected a checkpoint, got nothing at {path}")
+
+
+def kept(path: Path) -> list[Path]:
+    """`path` and those kept from before it, as far as they are there, newest first."""
+    older = path.parent.glob(f"{path.stem}.*{path.suffix}")
+    numbered = {int(p.name.split(".")[-2]): p for p in older if p.name.split(".")[-2].isdigit()}
+    return [p for p in (path, *(numbered[n] for n in sorted(numbered))) if p.is_file()]
 
 
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint on the CPU.
 
+    Every byte is checked: a checkpoint is a zip archive, which holds a CRC-32 of each tensor.
+
     Raises:
-        CheckpointError: missing, unreadable, not one of ours, or of another format.
+        CheckpointError: missing, damaged, not one of ours, or of another format.
     """
     if not path.is_file():
         raise CheckpointError(f"expected a checkpoint, got nothing at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or foreign file can break the reader in any way
         raise CheckpointError(

@@ -1,9 +1,9 @@
 """The command `rpn-train`."""
 
-import datetime
 import itertools
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from rpn_train.distributed import launched, start
 from rpn_train.errors import CheckpointError, ConfigError
 from rpn_train.options import describe_range, describe_type, from_mapping, plain, to_mapping, walk
 from rpn_train.report import environment
+from rpn_train.run_folder import default_folder, run_folder
 from rpn_train.run_log import write_json
-from rpn_train.shell import check_device, guarded, launch, make_folder, num_processes
+from rpn_train.shell import check_device, guarded, launch, num_processes
 from rpn_train.train import train
 
 _USAGE = """\
@@ -105,27 +106,14 @@ def _check_run(cfg: TrainConfig) -> None:
 def _run(cfg: TrainConfig, folder: Path) -> int:
     """One run in this process."""
     with start(cfg.device) as ranks:
-        if ranks.is_main:
-            _open_folder(cfg, folder)
-            print(f"run       {folder}", flush=True)
-            write_json(folder / "environment.json", environment(ranks))
-        ranks.any(False)  # wait for the folder
-        stopped_by = train(cfg, folder, ranks)
+        held = run_folder(folder, goes_on=cfg.resume is not None)
+        with held if ranks.is_main else nullcontext():
+            if ranks.is_main:
+                print(f"run       {folder}", flush=True)
+                write_json(folder / "environment.json", environment(ranks))
+            ranks.any(False)  # wait for the folder
+            stopped_by = train(cfg, folder, ranks)
     return 0 if stopped_by is None else 128 + stopped_by
-
-
-def _open_folder(cfg: TrainConfig, folder: Path) -> None:
-    """Make the run folder; refuse one that holds another run.
-
-    A run that a fault of the input ended before its first figure does not count.
-    """
-    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    if begun and cfg.resume is None:
-        raise ConfigError(
-            f"output_dir: {folder} holds a run already; give resume=auto to go on with it, or "
-            "another folder"
-        )
-    make_folder(folder)
 
 
 def _sweep(typed: Sequence[str]) -> int:
@@ -153,11 +141,6 @@ def _sweep(typed: Sequence[str]) -> int:
             return code
     print(f"compare them: tensorboard --logdir {parent}")
     return 0
-
-
-def default_folder(name: str) -> Path:
-    """runs/<date>_<time>_<name>."""
-    return Path("runs") / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
 
 
 def _options() -> str:

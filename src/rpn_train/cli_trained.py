@@ -17,8 +17,9 @@ from rpn_train.export import export_network
 from rpn_train.options import from_mapping, option
 from rpn_train.pretrained import Pretrained, find_pretrained, trained_model
 from rpn_train.propose import propose
+from rpn_train.run_folder import make_folder
 from rpn_train.scoring import score_files, score_network
-from rpn_train.shell import check_device, guarded, launch, make_folder, num_processes
+from rpn_train.shell import check_device, guarded, launch, num_processes
 from rpn_train.stop import end_on_sigterm
 
 _EVAL_USAGE = """\

@@ -196,6 +196,9 @@ class TrainConfig:
     log_every: int = option(20, "steps", low=1)
     eval_every: int | None = option(None, "steps; null: once per epoch", low=1)
     save_every: int | None = option(None, "steps; null: once per epoch", low=1)
+    keep_checkpoints: int = option(
+        2, "newest checkpoints that stay: last.pt, last.1.pt (which stands in for it) ...", low=1
+    )
     eval_at_start: bool = option(True, "score the untrained network first, as the baseline")
     dataset: DatasetConfig = DatasetConfig()
     image: ImageConfig = ImageConfig()

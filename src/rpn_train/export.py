@@ -33,11 +33,12 @@ Suppress = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @torch.no_grad()
-def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int) -> None:
+def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int | None) -> None:
     """Write a network, from images to proposals, as `.onnx` or `.pt2`: whole or not at all.
 
     Inputs of the file. B, H and W are free, H and W multiples of the largest stride (in a .pt2 also
-    at least twice as large); running the file fails where they are not.
+    at least twice as large). At others the file fails when it runs; only an ONNX network of one
+    level does not, whose grid is then rounded as its feature map is.
         images: uint8 [B, 3, H, W] RGB, resized to `cfg.image`, padded at the right and bottom.
         sizes: int64 [B, 2] height and width of each image without padding, px.
     Outputs. K is `cfg.proposals.test.post_nms`, or levels * pre_nms where that is less.
@@ -51,7 +52,7 @@ def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int) -> No
     `import torchvision`; its NMS takes time by the square of B.
 
     Args:
-        step: of the training, for the metadata.
+        step: of the training, for the metadata; None: not known.
 
     Raises:
         ConfigError: another suffix, the packages of the extra `export` are not installed, or the
@@ -69,7 +70,7 @@ def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int) -> No
         "short_side": str(cfg.image.short_side),
         "max_side": str(cfg.image.max_side),
         "divisor": str(max(model.grid.strides)),
-        "step": str(step),
+        "step": "unknown" if step is None else str(step),
     }
     try:
         with warnings.catch_warnings():
@@ -101,8 +102,7 @@ class ProposalNetwork(nn.Module):
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The contract of an exported file: see `export_network`."""
         boxes, logits = self._candidates(images, sizes)  # [B, L, P, 4], [B, L, P]
-        # a box without extent overlaps nothing: dropped rows take no part in NMS
-        boxes = torch.where(logits[..., None] > -torch.inf, boxes, 0.0)
+        # rows of -inf come last in NMS, where they suppress nothing
         keep = self._suppress(boxes.flatten(0, 1), logits.flatten(0, 1), self._cfg.nms_iou)
         logits = torch.where(keep.view_as(logits), logits, -torch.inf).flatten(1)  # [B, L * P]
         logits, order = logits.topk(min(self._cfg.test.post_nms, logits.shape[1]), dim=1)  # [B, K]
@@ -115,6 +115,8 @@ class ProposalNetwork(nn.Module):
         canvas, grid = (images.shape[2], images.shape[3]), self.network.grid
         logits, deltas = self.network(normalize_images(images, sizes))
         anchors = grid_anchors.__wrapped__(grid, canvas, images.device)  # its cache wants numbers
+        # at all anchors, so that it fails in any runtime where the levels do not fit the canvas
+        boxes = clip(decode(deltas, anchors), sizes[:, None])  # [B, R, 4]
         start, levels = 0, []
         for of_level in logits.split(grid.level_lengths(canvas), dim=1):
             # a level may have fewer anchors than pre_nms
@@ -124,8 +126,7 @@ class ProposalNetwork(nn.Module):
             start += of_level.shape[1]
         top, index = (torch.stack(parts, dim=1) for parts in zip(*levels, strict=True))  # [B, L, P]
         index = index.flatten(1).clamp(max=logits.shape[1] - 1)  # beyond it, top is -inf
-        picked = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = clip(decode(picked, anchors[index]), sizes[:, None]).view(*top.shape, 4)
+        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4)).view(*top.shape, 4)
         large = (boxes[..., 2:] - boxes[..., :2] >= self._cfg.min_size).all(-1)
         return boxes, torch.where(large, top, -torch.inf)
 

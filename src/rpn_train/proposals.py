@@ -11,7 +11,6 @@ from torchvision.ops import nms
 
 from rpn_train.boxes import clip, decode
 
-
 _Level = tuple[Tensor, Tensor]  # candidates of one level of one image: boxes [k, 4], logits [k]
 
 

@@ -114,8 +114,8 @@ class Recall:
         num_images: all images, those without objects or proposals included.
         num_objects: of each size, ignored ones left out; an area on a border counts in both.
         matched_rank: [T, A, M] int32, rank (from 0) within its image of the proposal that found
-            each object among those of the size, at the largest N; -1 if none did. Under "coco" the
-            share of `0 <= matched_rank < N` is recall@N for every N, under "greedy" for the largest.
+            each object among those of the size, at the largest N; -1 if none did. The share of
+            `0 <= matched_rank < N` is recall@N for every N, under "greedy" for the largest only.
     """
 
     max_proposals: tuple[int, ...]

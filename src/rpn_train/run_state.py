@@ -71,7 +71,7 @@ def build_state(cfg: TrainConfig, device: torch.device, *, initial: bool = True)
 
 
 def last_of(folder: Path) -> Path:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run goes on from, if it is whole."""
     return folder / "checkpoints" / "last.pt"
 
 
@@ -91,7 +91,8 @@ def save(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks, name: st
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
     }
-    checkpoint.save(saved, folder / "checkpoints" / f"{name}.pt")
+    keep = cfg.keep_checkpoints if name == "last" else 1
+    checkpoint.save(saved, folder / "checkpoints" / f"{name}.pt", keep=keep)
 
 
 def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dict[str, str]:
@@ -105,10 +106,10 @@ def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dic
     Raises:
         CheckpointError: the checkpoint cannot be read or is of another network.
     """
-    path = last_of(folder)
-    if not path.is_file():
+    last = last_of(folder)
+    if not checkpoint.kept(last):
         return {} if cfg.init_from is None else start_from(state, cfg, cfg.init_from)
-    saved = checkpoint.load(path)
+    saved, path, fault = checkpoint.load_newest(last)
     changed = differences(saved["config"], to_mapping(cfg))
     for key in ("resume", "output_dir", "init_from"):
         changed.pop(key, None)
@@ -128,7 +129,7 @@ def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dic
     state.best_ar_100, state.history = saved["best_ar_100"], saved["history"]
     if ranks.is_main:
         forget_later_lines(state, folder)
-    return changed
+    return changed if fault is None else {last.name: f"{fault} -> {path.name}", **changed}
 
 
 def start_from(state: RunState, cfg: TrainConfig, where: str) -> dict[str, str]:

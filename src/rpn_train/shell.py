@@ -8,9 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -27,23 +25,21 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch has no class of its own for it
+            raise
+        print(
+            f"error: a loader process ended: {str(error).splitlines()[0]} If it was for want of "
+            "memory, fewer workers= need less; go on with resume=auto",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:  # the reader of a pipe has seen enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder to write to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: expected a folder to write to, got {folder}: {error.strerror}"
-        ) from error
 
 
 def check_device(cfg: TrainConfig) -> None:

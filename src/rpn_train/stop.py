@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C as a request: the step is finished, the run is saved, then it ends."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,18 @@ def end_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def ignore_signals(worker: int) -> None:
-    """In a loader process: its parent decides when to stop (Ctrl-C reaches the whole group)."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_signals_to_parent(worker: int) -> None:
+    """In a loader process: its parent decides when to stop, whoever else the signal reached.
+
+    The second SIGTERM ends it: one comes from its parent, when all else has failed, and one more
+    when that ends. It may be waiting for what a killed process held, and would wait for ever.
+    """
+    came = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if came:
+            os._exit(128 + number)
+        came.append(number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)

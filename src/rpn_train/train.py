@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from rpn_train.build import build_eval_batches, build_planner, open_split
+from rpn_train.checkpoint import kept
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import TrainBatches, load
 from rpn_train.distributed import Ranks
@@ -34,7 +35,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     """
     index, read = open_split(cfg.dataset, "train", cfg.seed)
     val_index, val_read = open_split(cfg.dataset, cfg.eval.split, cfg.seed)
-    initial = cfg.init_from is None and not last_of(folder).is_file()
+    initial = cfg.init_from is None and not kept(last_of(folder))
     state = build_state(cfg, ranks.device, initial=initial)
     divisor = max(state.model.grid.strides)
     planner = build_planner(cfg, index, divisor)
@@ -61,6 +62,8 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
         owed = due(state.step, eval_every, total) if state.step else cfg.eval_at_start
         if owed and state.evaluated < state.step:
             judge()
+            if state.step:
+                save(state, cfg, folder, ranks)
         for step in range(first, total + 1):
             lr = lr_of(cfg, step, total)
             batch, picks = training_step(state, network, loader, cfg, lr, clock, ranks)

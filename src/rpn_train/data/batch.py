@@ -11,7 +11,7 @@ from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, Planner, canvas_of, same_canvas_batches
 from rpn_train.data.transforms import fit_size, flip, photometric_jitter, resize
 from rpn_train.errors import DataError
-from rpn_train.stop import ignore_signals
+from rpn_train.stop import leave_signals_to_parent
 
 ReadImage = Callable[[int], Tensor]  # row of an index -> uint8 [3, H, W] RGB
 
@@ -166,11 +166,11 @@ def load(
 ) -> Generator[Batch, None, None]:
     """Batches of `keys` in order, read ahead by `workers` processes (0: by this one).
 
-    Use it with `contextlib.closing`: the processes end when it is closed. They ignore SIGTERM, so a
-    crash that left it open would wait for them for ever.
+    Use it with `contextlib.closing`: the processes end when it is closed.
 
     Raises:
         DataError: what a batch could not be made for.
+        RuntimeError: a process was killed. It comes by a signal, at any place of the program.
     """
     loader = DataLoader(
         batches,
@@ -179,7 +179,7 @@ def load(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=leave_signals_to_parent,
     )
     for batch in loader:
         if isinstance(batch, DataError):

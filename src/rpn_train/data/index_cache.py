@@ -24,7 +24,7 @@ from rpn_train.data.index import Index
 
 FORMAT = 1  # to be raised when a reader makes another index of the same file: see the tests
 _PREFIX = "rpn-train-index-"  # of all that is written, and so of all that is ever deleted
-_MIN_BYTES = 10_000_000  # what is smaller is read in 0.05 s
+_MIN_BYTES = 10_000_000  # what is smaller is read in 0.1 s
 _UNUSED_S = 7 * 24 * 3600  # longer than most runs: another machine may still map the files
 _ARRAYS = tuple(f.name for f in fields(Index) if f.name not in {"root", "dropped"})
 
