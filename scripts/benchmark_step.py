@@ -20,6 +20,7 @@ from benchmarking import (
     build,
     check_outputs,
     compare,
+    describe,
     in_turns,
     our_step,
     parser,
@@ -83,18 +84,11 @@ def torchvision_step(bench: Bench, theirs: TorchvisionRPN, *, compiled: bool) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser("Time of a training step beside torchvision's RPN.", size=512, repeats=9)
-    arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     arguments.add_argument("--compile", action="store_true", help="both networks")
     args = arguments.parse_args(argv)
     with start(args.device) as ranks:
-        bench = build(
-            ranks,
-            backbone=args.backbone,
-            size=args.size,
-            batch=args.batch,
-            boxes=args.boxes,
-            precision=args.precision,
-        )
+        print(describe(args, ranks), flush=True)
+        bench = build(args, ranks)
         theirs = TorchvisionRPN(bench)
         check_outputs(bench, theirs)
         check_losses(bench, theirs)

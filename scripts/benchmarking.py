@@ -17,21 +17,21 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from rpn_train import step
+from rpn_train import evaluate, step
 from rpn_train.backbones import BACKBONES
 from rpn_train.config import AnchorsConfig, BackboneConfig, ScheduleConfig, TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.data.sampler import canvas_of
 from rpn_train.distributed import Ranks
-from rpn_train.model import RPN, normalize_images
-from rpn_train.report import environment
+from rpn_train.model import normalize_images
+from rpn_train.proposals import Proposals, make_proposals
+from rpn_train.report import device_name, environment
 from rpn_train.run_log import write_json
 from rpn_train.run_state import RunState, build_state
 
@@ -40,6 +40,7 @@ Timed = Callable[[], object]  # leaves its laps on the stopwatch
 
 SIDES = ("ours", "torchvision")
 WHOLE = "whole"
+FPN = AnchorsConfig()
 RESNETS = [name for name in BACKBONES if name.startswith("res") and name.endswith("_fpn")]
 
 
@@ -59,10 +60,14 @@ class Stopwatch:
         """The time since the last mark went into `part`, which may come several times."""
         self._marks.append((part, self._now()))
 
-    def after(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """The function with a lap at its end."""
+    def marked(
+        self, function: Callable[..., Any], part: str, before: str | None = None
+    ) -> Callable[..., Any]:
+        """The function with a lap at its end, and one at its start for the part before it."""
 
         def marked(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                self.lap(before)
             result = function(*args, **kwargs)
             self.lap(part)
             return result
@@ -101,25 +106,20 @@ class Bench(NamedTuple):
     batch: Batch
 
 
-def build(
-    ranks: Ranks,
-    *,
-    backbone: str,
-    size: Sequence[int],
-    batch: int,
-    boxes: int,
-    precision: str = "fp32",
-    anchors: AnchorsConfig = AnchorsConfig(),
-) -> Bench:
-    """Default settings but for fixed norms and two frozen stages, as pretrained weights need."""
+def build(args: argparse.Namespace, ranks: Ranks, anchors: AnchorsConfig = FPN) -> Bench:
+    """What the arguments of `parser` ask for.
+
+    The other settings are defaults but for fixed norms and two frozen stages, as with pretrained
+    weights. The weights are random: they do not change what a convolution costs.
+    """
     cfg = TrainConfig(
-        precision=precision,
-        backbone=BackboneConfig(backbone, frozen_stages=2, norm="frozen_bn"),
+        precision=args.precision,
+        backbone=BackboneConfig(args.backbone, frozen_stages=2, norm="frozen_bn"),
         anchors=anchors,
-        schedule=ScheduleConfig(batch_size=batch),
+        schedule=ScheduleConfig(batch_size=args.batch),
     )
     state = build_state(cfg, ranks.device)
-    drawn = draw_batch((size[0], size[1]), batch, boxes, max(state.model.grid.strides))
+    drawn = draw_batch(tuple(args.size), args.batch, args.boxes, max(state.model.grid.strides))
     bench = Bench(cfg, ranks, Stopwatch(ranks.device), state, drawn.to(ranks.device))
     spread_outputs(bench)
     return bench
@@ -185,8 +185,8 @@ class TorchvisionRPN(nn.Module):
         self.to(bench.ranks.device)
         # the anchors come right after the head, the sampling right after the targets
         self.rpn.anchor_generator.register_forward_pre_hook(lambda *_: watch.lap("network"))
-        self.rpn.filter_proposals = watch.after(self.rpn.filter_proposals, "proposals")
-        self.rpn.fg_bg_sampler = watch.after(self.rpn.fg_bg_sampler, "targets")
+        self.rpn.filter_proposals = watch.marked(self.rpn.filter_proposals, "proposals")
+        self.rpn.fg_bg_sampler = watch.marked(self.rpn.fg_bg_sampler, "targets")
 
     def forward(self, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals, best first, and in training mode the losses."""
@@ -223,14 +223,11 @@ def our_step(bench: Bench, *, compiled: bool = False) -> Timed:
     """
     cfg, ranks, watch, state, batch = bench
     cfg = replace(cfg, compile=compiled)
-    network = watch.after(step.prepare_network(state.model, cfg, ranks), "network")
+    network = watch.marked(step.prepare_network(state.model, cfg, ranks), "network")
 
-    def normalize(images: Tensor, sizes: Tensor) -> Tensor:
-        watch.lap("targets")
-        return cast(Tensor, watch.after(normalize_images, "input")(images, sizes))
+    normalize = watch.marked(normalize_images, "input", before="targets")
 
     def take() -> None:
-        state.model.train()
         with patch.object(step, "normalize_images", normalize):
             called = cast(nn.Module, network)  # and no more than called
             step.training_step(state, called, iter([batch]), cfg, 0.0, step.Clock(), ranks)
@@ -238,6 +235,19 @@ def our_step(bench: Bench, *, compiled: bool = False) -> Timed:
         state.pending.clear()
 
     state.optimizer.register_step_pre_hook(lambda *_: watch.lap("losses, backward"))
+    return take
+
+
+def our_proposals(bench: Bench) -> Callable[[], list[Proposals]]:
+    """`propose_batch` with marks between its parts."""
+    normalize = bench.watch.marked(normalize_images, "input")
+    make = bench.watch.marked(make_proposals, "proposals", before="network")
+    model = bench.state.model.eval()
+
+    def take() -> list[Proposals]:
+        with patch.multiple(evaluate, normalize_images=normalize, make_proposals=make):
+            return evaluate.propose_batch(model, bench.batch, bench.cfg)
+
     return take
 
 
@@ -273,21 +283,34 @@ def compare(times: Mapping[str, Sequence[Times]]) -> dict[str, Any]:
     return {"ours": ours, "torchvision": theirs, "ratios": ratios, "ratio": median(ratios)}
 
 
-def parser(description: str, *, size: int, repeats: int) -> argparse.ArgumentParser:
+def parser(
+    description: str, *, size: int, repeats: int, backbone: str = "resnet50_fpn"
+) -> argparse.ArgumentParser:
     """With the arguments that the benchmarks have in common."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--backbone", choices=RESNETS, default="resnet50_fpn")
+    found.add_argument("--backbone", choices=RESNETS, default=backbone)
     found.add_argument("--size", type=int, nargs=2, default=[size, size], metavar=("H", "W"))
     found.add_argument("--batch", type=int, default=2, help="images")
     found.add_argument("--boxes", type=int, default=8, help="objects per image")
     found.add_argument("--repeats", type=int, default=repeats, help="rounds, of which the median")
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    found.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
     return found
+
+
+def describe(args: argparse.Namespace, ranks: Ranks) -> str:
+    """What is measured, and on what."""
+    height, width = args.size
+    return (
+        f"{args.backbone}, {args.batch} images of {height} x {width}, {args.boxes} objects each, "
+        f"{args.precision}, {device_name(ranks.device)}"
+    )
 
 
 def write(args: argparse.Namespace, ranks: Ranks, results: Any) -> None:
     """The results with what they were measured on and how, if a file is asked for."""
     if args.json:
-        settings = {key: str(value) if key == "json" else value for key, value in vars(args).items()}
-        write_json(args.json, {"arguments": settings, "environment": environment(ranks), "results": results})
+        arguments = {key: value for key, value in vars(args).items() if key != "json"}
+        about = {"arguments": arguments, "environment": environment(ranks)}
+        write_json(args.json, {**about, "results": results})

@@ -93,7 +93,7 @@ def open_split(
             annotations,
             images,
             options=options,
-            folder=cache_folder(None),
+            folder=cache_folder(dataset.cache),
             make=partial(read_coco, annotations, images, **options),
         )
     else:

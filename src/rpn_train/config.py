@@ -35,6 +35,9 @@ class DatasetConfig:
     val: SplitConfig = SplitConfig()
     shapes: ShapesConfig = ShapesConfig()
     categories: tuple[str, ...] | None = option(None, "keep only these categories; null: all")
+    cache: str | None = option(
+        None, "folder where large COCO annotations are kept as arrays; null: ~/.cache/rpn-train"
+    )
     keep_empty: bool = option(True, "train on images without objects too, as background")
 
 
