@@ -1,0 +1,91 @@
+"""Where the arithmetic of a training step goes, ours beside the same head evaluated everywhere.
+
+    python scripts/benchmark_model.py --backbone resnet50_fpn --size 512 512 --size 800 1344
+
+Floating-point operations of the convolutions, forward and backward, are counted and not timed:
+shapes decide them, so nothing is computed. The body is what any detector needs. The laterals are
+the 1x1 convolutions of the pyramid. What remains, its 3x3 convolutions and the head, is evaluated
+at the cells of the sampled anchors where a level has many more.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from benchmarking import RESNETS, write
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rpn_train.build import build_model
+from rpn_train.config import BackboneConfig, TrainConfig
+from rpn_train.data.sampler import canvas_of
+from rpn_train.distributed import start
+from rpn_train.model import RPN
+
+
+def count_gflop(forward: Callable[[], Iterable[Tensor]]) -> float:
+    """10^9 operations (a multiplication and an addition are two), backward pass included."""
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([output.sum() for output in forward()]).sum().backward()
+    return counter.get_total_flops() / 1e9
+
+
+def count_step(model: RPN, size: tuple[int, int], batch: int, slots: int) -> dict[str, Any]:
+    """Operations of the parts of a step, on both paths, from counts that contain one another."""
+    canvas = canvas_of([size], max(model.grid.strides))
+    images = torch.empty(batch, 3, *canvas, device="meta")
+    at = torch.empty(batch, slots, dtype=torch.int64, device="meta")
+    body = count_gflop(lambda: model.backbone.body(images).values())
+    merged = count_gflop(partial(model.backbone.merge, images))
+    paths = {}
+    for name, where in (("ours", at), ("everywhere", None)):
+        whole = count_gflop(partial(model, images, where))
+        paths[name] = {
+            "body": body,
+            "laterals": merged - body,
+            "3x3 and head": whole - merged,
+            "whole": whole,
+            "share outside the body": 1 - body / whole,
+        }
+    return {"size": size, "canvas": canvas, **paths}
+
+
+def count_parameters(module: nn.Module) -> dict[str, int]:
+    counts = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return {"all": sum(n for n, _ in counts), "trained": sum(n for n, trains in counts if trains)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Arithmetic of a training step.")
+    parser.add_argument("--backbone", choices=RESNETS, default="resnet50_fpn")
+    parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=2, help="images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
+    args = parser.parse_args(argv)
+    cfg = TrainConfig(backbone=BackboneConfig(args.backbone, frozen_stages=2, norm="frozen_bn"))
+    model = build_model(cfg).to("meta")
+    parts = {"body": model.backbone.body, "pyramid": model.backbone.fpn, "head": model.rpn}
+    parameters = {name: count_parameters(cast(nn.Module, part)) for name, part in parts.items()}
+    print(f"{args.backbone}, batches of {args.batch}, frozen stem and first stage")
+    for name, counts in parameters.items():
+        print(
+            f"{name:9}{counts['all'] / 1e6:7.2f} M weights, {counts['trained'] / 1e6:.2f} M trained"
+        )
+    steps = []
+    for height, width in args.size or [[512, 512], [800, 1344]]:
+        steps.append(count_step(model, (height, width), args.batch, cfg.method.num_samples))
+        ours, everywhere = steps[-1]["ours"], steps[-1]["everywhere"]
+        print(f"\n{height} x {width:<15}{'ours':>12}{'everywhere':>12}")
+        *parts_of_step, share = ours
+        for part in parts_of_step:
+            print(f"{part + ', GFLOP':24}{ours[part]:9.1f}{everywhere[part]:12.1f}")
+        print(f"{share:24}{ours[share]:9.1%}{everywhere[share]:12.1%}")
+    with start("cpu") as ranks:
+        write(args, ranks, {"parameters": parameters, "steps": steps})
+
+
+if __name__ == "__main__":
+    main()
