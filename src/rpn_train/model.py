@@ -5,6 +5,7 @@ State-dict keys are those of `torchvision.models.detection.FasterRCNN` (`backbon
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, takewhile
 from typing import NamedTuple, cast
 
 import torch
@@ -53,21 +54,20 @@ class RPNHead(nn.Module):
     def at(
         self,
         feature: Tensor,
+        image: Tensor,
         rows: Tensor,
         columns: Tensor,
         before: Sequence[tuple[nn.Conv2d, bool]],
     ) -> tuple[Tensor, Tensor]:
-        """The same at some cells: logits [B, S, A] and deltas [B, S, A, 4].
+        """The same at some cells: logits [N, A] and deltas [N, A, 4].
 
         Args:
             feature: [B, C, H, W], what goes into the convolutions `before` (see `stack_at`).
-            rows, columns: int64 [B, S].
+            image, rows, columns: int64 [N].
         """
         convs = (cast(nn.Sequential, block)[0] for block in self.conv)
         stack = [*before, *((cast(nn.Conv2d, conv), True) for conv in convs)]
-        hidden = stack_at(feature, rows, columns, stack)  # [B * S, C, 1, 1]
-        logits, deltas = self._branches(hidden)
-        return logits.unflatten(0, rows.shape), deltas.unflatten(0, rows.shape)
+        return self._branches(stack_at(feature, image, rows, columns, stack))
 
     def _branches(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1)
@@ -108,50 +108,84 @@ class RPN(nn.Module):
         return Outputs(logits, deltas)
 
     def _forward_at(self, images: Tensor, at: Tensor) -> Outputs:
-        """Outputs at sampled anchors, the fine levels computed at their cells alone.
-
-        On a fine level every slot is computed at some cell, also where its anchor is of another
-        level: so no shape depends on the data, and nothing waits for the GPU.
-        """
+        """Outputs at sampled anchors, the fine levels computed at their cells alone."""
         head, per_cell = cast(RPNHead, self.rpn["head"]), self.grid.per_cell
         merged = self.backbone.merge(images)
-        num_sparse = self._num_sparse(merged, at.shape[1])
-        parts = []  # first anchor, logits [B, S] and deltas [B, S, 4] of each level
-        start = 0
-        for level, feature in enumerate(merged[:num_sparse]):
-            height, width = feature.shape[-2:]
-            length = height * width * per_cell
-            place = (at - start).clamp(0, length - 1)
-            cell, anchor = place // per_cell, place % per_cell
+        height, width = images.shape[-2:]
+        ends = [*accumulate(self.grid.level_lengths((height, width)))]
+        starts = [0, *ends[:-1]]
+        anchor = at.flatten()  # [N], N = B * S
+        image = torch.arange(len(at), device=at.device).repeat_interleave(at.shape[1])
+        slots = [_slots_of(anchor, *bounds) for bounds in zip(starts, ends, strict=True)]
+        num_sparse = self._num_sparse(merged, [len(of_level) for of_level in slots])
+        parts = []  # logits [n] and deltas [n, 4] at the slots of each sparse level, then the rest
+        for level in range(num_sparse):
+            here = slots[level]
+            place = (anchor[here] - starts[level]).clamp(0, ends[level] - starts[level] - 1)
+            cell, of_cell = place // per_cell, (place % per_cell)[:, None]
+            columns = merged[level].shape[-1]
             before = self.backbone.last_convolutions(level) or []
-            logits, deltas = head.at(feature, cell // width, cell % width, before)  # [B, S, A ...]
-            logits = torch.take_along_dim(logits, anchor[..., None], 2)[:, :, 0]
-            deltas = torch.take_along_dim(deltas, anchor[..., None, None], 2)[:, :, 0]
-            parts.append((start, logits, deltas))
-            start += length
+            logits, deltas = head.at(
+                merged[level], image[here], cell // columns, cell % columns, before
+            )  # [n, A], [n, A, 4]
+            deltas = torch.take_along_dim(deltas, of_cell[..., None], 1)[:, 0]
+            parts.append((logits.gather(1, of_cell)[:, 0], deltas))
         dense = [head(feature) for feature in self.backbone.finish(merged, num_sparse)]
         if dense:
-            place = (at - start).clamp(min=0)
-            logits = torch.cat([logits for logits, _ in dense], dim=1).gather(1, place)
-            deltas = torch.cat([deltas for _, deltas in dense], dim=1)  # [B, anchors from start, 4]
-            parts.append((start, logits, torch.take_along_dim(deltas, place[..., None], 1)))
-        _, logits, deltas = parts[0]
-        for start, of_level, deltas_of_level in parts[1:]:
-            here = at >= start  # or further on, which the next part settles
-            logits = torch.where(here, of_level, logits)
-            deltas = torch.where(here[..., None], deltas_of_level, deltas)
-        return Outputs(logits.float(), deltas.float())
+            start, here = starts[num_sparse], _slots_of(anchor, starts[num_sparse], ends[-1])
+            of_image = image[here] * (ends[-1] - start)
+            place = of_image + (anchor[here] - start).clamp(min=0)
+            logits = torch.cat([logits for logits, _ in dense], dim=1).flatten()
+            deltas = torch.cat([deltas for _, deltas in dense], dim=1).flatten(0, 1)
+            parts.append((logits.index_select(0, place), deltas.index_select(0, place)))
+            slots[num_sparse:] = [here]
+        logits, deltas = _joined(parts, slots, starts, anchor)
+        return Outputs(logits.float().view(at.shape), deltas.float().view(*at.shape, 4))
 
-    def _num_sparse(self, merged: list[Tensor], slots: int) -> int:
-        """How many fine levels take fewer multiplications at `slots` cells than everywhere."""
+    def _num_sparse(self, merged: list[Tensor], slots: list[int]) -> int:
+        """How many fine levels take fewer multiplications at their slots than everywhere."""
         before = self.backbone.last_convolutions(0)
         if before is None:
             return 0
         convs = len(cast(RPNHead, self.rpn["head"]).conv) + len(before)
-        at_slots = slots * sum((2 * i + 1) ** 2 for i in range(convs))
+        per_slot = sum((2 * i + 1) ** 2 for i in range(convs))
         # the last level of a pyramid is subsampled to one more, which needs all of it
         allowed = merged if self.backbone.fpn is None else merged[:-1]
-        return sum(convs * m.shape[-2] * m.shape[-1] > at_slots for m in allowed)
+        cells = [len(m) * m.shape[-2] * m.shape[-1] for m in allowed]
+        fewer = (convs * c > n * per_slot for c, n in zip(cells, slots, strict=False))
+        return sum(takewhile(bool, fewer))
+
+
+def _counts_slots(device: torch.device) -> bool:
+    """Whether shapes may depend on the data. A GPU would be waited for to learn them."""
+    return device.type == "cpu"
+
+
+def _slots_of(anchor: Tensor, start: int, end: int) -> Tensor:
+    """Which slots [n] of `anchor` [N] are of a level, whose anchors are those from start to end.
+
+    With `_counts_slots` those alone; without it is all of them, each computed at some cell of the
+    level, and `_joined` picks.
+    """
+    if _counts_slots(anchor.device):
+        return ((anchor >= start) & (anchor < end)).nonzero()[:, 0]
+    return torch.arange(len(anchor), device=anchor.device)
+
+
+def _joined(
+    parts: list[tuple[Tensor, Tensor]], slots: list[Tensor], starts: list[int], anchor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits [N] and deltas [N, 4] in the order of the slots, from those of each level."""
+    if _counts_slots(anchor.device):
+        order = torch.cat(slots).argsort()
+        logits, deltas = (torch.cat(columns)[order] for columns in zip(*parts, strict=True))
+        return logits, deltas
+    logits, deltas = parts[0]
+    for start, (of_level, deltas_of_level) in zip(starts[1:], parts[1:], strict=False):
+        here = anchor >= start  # or further on, which the next part settles
+        logits = torch.where(here, of_level, logits)
+        deltas = torch.where(here[:, None], deltas_of_level, deltas)
+    return logits, deltas
 
 
 def normalize_images(images: Tensor, sizes: Tensor) -> Tensor:

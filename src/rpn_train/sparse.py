@@ -14,25 +14,28 @@ from torch.nn import functional as F
 
 
 def stack_at(
-    feature: Tensor, rows: Tensor, columns: Tensor, stack: Sequence[tuple[nn.Conv2d, bool]]
+    feature: Tensor,
+    image: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    stack: Sequence[tuple[nn.Conv2d, bool]],
 ) -> Tensor:
     """Output of a stack of 3x3 convolutions (stride 1, zero padding 1) at some cells.
 
     Args:
         feature: [B, C, H, W].
-        rows, columns: int64 [B, S], cells of each image; the same cell may come several times.
+        image, rows, columns: int64 [N], of each cell; the same may come several times; N may be 0.
         stack: the convolutions in order, and whether a ReLU follows each.
 
     Returns:
-        [B * S, channels of the last convolution, 1, 1].
+        [N, channels of the last convolution, 1, 1].
     """
-    batch, channels, height, width = feature.shape
+    channels, height, width = feature.shape[1:]
     radius = len(stack)
     offsets = torch.arange(-radius, radius + 1, device=feature.device)
-    y = rows.reshape(-1, 1, 1) + offsets[:, None]  # [N, K, 1], N = B * S, K = 2 * radius + 1
-    x = columns.reshape(-1, 1, 1) + offsets  # [N, 1, K]
+    y = rows.view(-1, 1, 1) + offsets[:, None]  # [N, K, 1], K = 2 * radius + 1
+    x = columns.view(-1, 1, 1) + offsets  # [N, 1, K]
     inside = ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]  # [N, 1, K, K]
-    image = torch.arange(batch, device=feature.device).repeat_interleave(rows.shape[1])
     cell = (image.view(-1, 1, 1) * height + y.clamp(0, height - 1)) * width
     cells = feature.permute(0, 2, 3, 1).reshape(-1, channels)  # [B * H * W, C]
     # an embedding, because its backward pass is fast and adds in a fixed order
