@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rpn_train"
 ORDER = [
     *["errors", "options", "stop"],
     *["boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals", "recall"],
-    *["weights", "norms", "timm_body", "backbones", "sparse", "model", "detectors"],
+    *["weights", "norms", "timm_body", "sparse", "backbones", "model", "detectors"],
     *["data.index", "data.coco", "data.voc", "data.shapes", "data.files", "data.index_cache"],
     *["data.transforms", "data.sampler", "data.batch"],
     *["config", "distributed", "schedule", "checkpoint"],

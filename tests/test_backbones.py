@@ -76,7 +76,8 @@ def test_torchvision_detector_weights_fit_and_agree() -> None:
         expected = list(theirs(images).values())
         assert len(expected) == 5
         assert all(0.1 < level.std() < 10 for level in expected)
-        for norm, tolerance in (("bn", 1e-6), ("frozen_bn", 1e-4)):  # the latter rounds differently
+        tolerance = 1e-4  # norms are folded into convolutions, which round differently
+        for norm in ("bn", "frozen_bn"):
             with torch.device("meta"):
                 ours = build("resnet50_fpn", norm=norm).eval()
             ours.load_state_dict(theirs.state_dict(), assign=True)
@@ -130,8 +131,9 @@ NORM_CLASSES = {
 @pytest.mark.parametrize("norm", get_args(Norm))
 def test_norm_replaces_every_batch_norm(norm: Norm) -> None:
     backbone, _ = shapes("resnet18_fpn", norm=norm)
-    kinds = [type(m) for m in backbone.modules() if isinstance(m, tuple(NORM_CLASSES.values()))]
-    assert kinds == [NORM_CLASSES[norm]] * 20
+    found = [m for m in backbone.modules() if isinstance(m, tuple(NORM_CLASSES.values()))]
+    assert len(found) == 20
+    assert all(isinstance(m, NORM_CLASSES[norm]) for m in found)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "convnext_tiny_fpn", "swin_t_fpn"])

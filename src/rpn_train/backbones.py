@@ -16,6 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 
 from rpn_train.errors import ConfigError
 from rpn_train.norms import NORMS, Norm, fold_norms
+from rpn_train.sparse import Lateral
 from rpn_train.timm_body import timm_body
 from rpn_train.weights import load_body, read_weights
 
@@ -67,10 +68,11 @@ class Backbone(nn.Module):
         """
         return self.finish(self.merge(images))
 
-    def merge(self, images: Tensor) -> list[Tensor]:
+    def merge(self, images: Tensor) -> list[Tensor | Lateral]:
         """The maps before the last convolutions of the pyramid: [B, C, H/s, W/s], fine to coarse.
 
-        Without a pyramid they are the output; with one, the fifth level is not yet among them.
+        Without a pyramid they are the output; with one, the fifth level is not yet among them, and
+        the first has not been computed yet.
         """
         maps = self.body(images)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
@@ -78,17 +80,19 @@ class Backbone(nn.Module):
             maps = [m.permute(0, 3, 1, 2) for m in maps]  # [B, H, W, C] -> [B, C, H, W]
         if self.fpn is None:
             return maps
-        merged = [inner(m) for inner, m in zip(self.fpn.inner_blocks, maps, strict=True)]
-        for i in range(len(merged) - 2, -1, -1):
-            merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:])
-        return merged
+        inner = self.fpn.inner_blocks
+        merged = [inner[-1](maps[-1])]  # coarse to fine
+        for i in range(len(maps) - 2, 0, -1):
+            merged.append(Lateral(maps[i], inner[i], merged[-1]).whole())
+        return [Lateral(maps[0], inner[0], merged[-1]), *reversed(merged)]
 
-    def finish(self, merged: list[Tensor], first: int = 0) -> list[Tensor]:
+    def finish(self, merged: list[Tensor | Lateral], first: int = 0) -> list[Tensor]:
         """The maps that come out, from level `first` on; `first` is not beyond the last merged."""
+        wanted = [m.whole() if isinstance(m, Lateral) else m for m in merged[first:]]
         if self.fpn is None:
-            return merged[first:]
-        blocks = self.fpn.layer_blocks
-        levels = [blocks[i](merged[i]) for i in range(first, len(merged))]
+            return wanted
+        blocks = [*self.fpn.layer_blocks][first:]
+        levels = [block(m) for block, m in zip(blocks, wanted, strict=True)]
         return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
 
     def last_convolutions(self, level: int) -> list[tuple[nn.Conv2d, bool]] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import Backbone
-from rpn_train.sparse import stack_at
+from rpn_train.sparse import Lateral, stack_at
 
 # Mean and deviation of ImageNet in RGB 0..1, which all torchvision weights expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -53,7 +53,7 @@ class RPNHead(nn.Module):
 
     def at(
         self,
-        feature: Tensor,
+        feature: Tensor | Lateral,
         image: Tensor,
         rows: Tensor,
         columns: Tensor,
@@ -142,7 +142,7 @@ class RPN(nn.Module):
         logits, deltas = _joined(parts, slots, starts, anchor)
         return Outputs(logits.float().view(at.shape), deltas.float().view(*at.shape, 4))
 
-    def _num_sparse(self, merged: list[Tensor], slots: list[int]) -> int:
+    def _num_sparse(self, merged: list[Tensor | Lateral], slots: list[int]) -> int:
         """How many fine levels take fewer multiplications at their slots than everywhere."""
         before = self.backbone.last_convolutions(0)
         if before is None:
@@ -151,7 +151,7 @@ class RPN(nn.Module):
         per_slot = sum((2 * i + 1) ** 2 for i in range(convs))
         # the last level of a pyramid is subsampled to one more, which needs all of it
         allowed = merged if self.backbone.fpn is None else merged[:-1]
-        cells = [len(m) * m.shape[-2] * m.shape[-1] for m in allowed]
+        cells = [m.shape[0] * m.shape[2] * m.shape[3] for m in allowed]
         fewer = (convs * c > n * per_slot for c, n in zip(cells, slots, strict=False))
         return sum(takewhile(bool, fewer))
 

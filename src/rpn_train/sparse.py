@@ -7,14 +7,44 @@ and gradients are those of the dense computation (`test_sparse.py`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+@dataclass(frozen=True, eq=False)
+class Lateral:
+    """A map of a feature pyramid before it is computed: fine through a 1x1 convolution, plus coarse.
+
+    fine: [B, C, H, W]. inner: the convolution. coarse: [B, C', H / 2, W / 2].
+    """
+
+    fine: Tensor
+    inner: nn.Module
+    coarse: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, C', H, W]."""
+        return torch.Size((*self.coarse.shape[:2], *self.fine.shape[2:]))
+
+    def whole(self) -> Tensor:
+        """The map, [B, C', H, W]."""
+        coarse = F.interpolate(self.coarse, size=self.fine.shape[-2:])
+        return cast(Tensor, self.inner(self.fine)) + coarse
+
+    def at(self, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """The map at cells, like `_at`."""
+        fine = cast(Tensor, self.inner(_at(self.fine, image, y, x)))
+        return fine + _at(self.coarse, image, y // 2, x // 2)
+
+
 def stack_at(
-    feature: Tensor,
+    feature: Tensor | Lateral,
     image: Tensor,
     rows: Tensor,
     columns: Tensor,
@@ -30,19 +60,26 @@ def stack_at(
     Returns:
         [N, channels of the last convolution, 1, 1].
     """
-    channels, height, width = feature.shape[1:]
+    height, width = feature.shape[2:]
     radius = len(stack)
-    offsets = torch.arange(-radius, radius + 1, device=feature.device)
+    offsets = torch.arange(-radius, radius + 1, device=rows.device)
     y = rows.view(-1, 1, 1) + offsets[:, None]  # [N, K, 1], K = 2 * radius + 1
     x = columns.view(-1, 1, 1) + offsets  # [N, 1, K]
     inside = ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]  # [N, 1, K, K]
-    cell = (image.view(-1, 1, 1) * height + y.clamp(0, height - 1)) * width
-    cells = feature.permute(0, 2, 3, 1).reshape(-1, channels)  # [B * H * W, C]
-    # an embedding, because its backward pass is fast and adds in a fixed order
-    patches = F.embedding(cell + x.clamp(0, width - 1), cells).permute(0, 3, 1, 2)  # [N, C, K, K]
+    read = feature.at if isinstance(feature, Lateral) else partial(_at, feature)
+    patches = read(image, y.clamp(0, height - 1), x.clamp(0, width - 1))  # [N, C, K, K]
     for conv, relu in stack:
         patches = patches * inside  # what lies outside is padding: zero for every convolution
         patches = F.conv2d(patches, conv.weight, conv.bias)
         patches = F.relu(patches) if relu else patches
         inside = inside[..., 1:-1, 1:-1]
     return patches
+
+
+def _at(feature: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """A map [B, C, H, W] at rows y [N, K, 1] and columns x [N, 1, K]: [N, C, K, K]."""
+    channels, height, width = feature.shape[1:]
+    cell = (image.view(-1, 1, 1) * height + y) * width + x  # [N, K, K]
+    cells = feature.permute(0, 2, 3, 1).reshape(-1, channels)  # [B * H * W, C]
+    # an embedding, because its backward pass is fast and adds in a fixed order
+    return F.embedding(cell, cells).permute(0, 3, 1, 2)

@@ -7,7 +7,6 @@ nine tenths of the bytes, are skipped without an object being made of them.
 import mmap
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -75,10 +74,10 @@ def read_coco(
     on_disk = list_folder(images, "images") if need_images else None
     file = _decode(annotations)
     image_ids = np.array([image.id for image in file.images], np.int64)
-    chosen = file.annotations
-    chosen.sort(key=attrgetter("category_id"))
-    ids = np.array([box.id for box in chosen], np.int64)
-    box_image_ids = np.array([box.image_id for box in chosen], np.int64)
+    # All in the order of the file, which is that of the records in memory: half the time.
+    found = file.annotations
+    ids = np.array([box.id for box in found], np.int64)
+    box_image_ids = np.array([box.image_id for box in found], np.int64)
     _check_ids(annotations, image_ids, ids, box_image_ids)
     by_id = np.argsort(image_ids)
     read = _of_categories(annotations, file, categories)
@@ -91,10 +90,10 @@ def read_coco(
         box_rows=by_id[np.searchsorted(image_ids, box_image_ids, sorter=by_id)][read],
         box_ids=ids[read],
         boxes_xywh=np.fromiter(
-            chain.from_iterable(box.bbox for box in chosen), np.float64, 4 * len(chosen)
+            chain.from_iterable(box.bbox for box in found), np.float64, 4 * len(found)
         ).reshape(-1, 4)[read],
-        areas=np.array([box.area for box in chosen], np.float64)[read],
-        ignore=np.array([box.iscrowd != 0 for box in chosen], np.bool_)[read],
+        areas=np.array([box.area for box in found], np.float64)[read],
+        ignore=np.array([box.iscrowd != 0 for box in found], np.bool_)[read],
         keep_empty=keep_empty,
     )
     if on_disk is not None:
@@ -133,13 +132,15 @@ def _check_ids(
         )
 
 
-def _of_categories(path: Path, file: _File, categories: Sequence[str] | None) -> NDArray[np.bool_]:
-    """Which annotations [M] are read."""
+def _of_categories(path: Path, file: _File, categories: Sequence[str] | None) -> NDArray[np.intp]:
+    """Rows of the annotations that are read: by category, then in the order of the file."""
+    category_ids = np.array([annotation.category_id for annotation in file.annotations], np.int64)
+    order = np.argsort(category_ids, kind="stable")
     if categories is None:
-        return np.ones(len(file.annotations), np.bool_)
+        return order
     check_categories(categories, {category.name for category in file.categories}, path)
     wanted = [category.id for category in file.categories if category.name in categories]
-    return np.isin([annotation.category_id for annotation in file.annotations], wanted)
+    return order[np.isin(category_ids[order], wanted)]
 
 
 def _check_files(path: Path, index: Index, on_disk: frozenset[str]) -> None:
