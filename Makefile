@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test bench check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,19 @@ demo: setup  ## train on drawn shapes and evaluate, some minutes on two cores
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+bench: setup  ## time the parts beside torchvision, pycocotools and Pillow, some minutes on two cores
+	cd scripts && for command in \
+		"benchmark_model.py" \
+		"benchmark_step.py --boxes 8" \
+		"benchmark_step.py --boxes 60" \
+		"benchmark_step.py --backbone resnet18_fpn" \
+		"benchmark_inference.py" \
+		"benchmark_assignment.py" \
+		"benchmark_scaling.py --size 256 256 --repeats 2" \
+		"benchmark_index.py" \
+		"benchmark_recall.py --images 500 --objects 3600 --pycocotools"; \
+	do echo; echo "$$command"; ../$(BIN)/python $$command || exit 1; done
 
 check: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -2,13 +2,14 @@
 
     python scripts/benchmark_model.py --backbone resnet50_fpn --size 512 512 --size 800 1344
 
-Floating-point operations of the convolutions, forward and backward, are counted and not timed:
-shapes decide them, so nothing is computed. The body is what any detector needs. The laterals are
-the 1x1 convolutions of the pyramid. What remains, its 3x3 convolutions and the head, is evaluated
-at the cells of the sampled anchors where a level has many more.
+Floating-point operations of the convolutions, forward and backward, are counted and not timed. The
+body is what any detector needs. Pyramid and head are evaluated at the cells of the sampled anchors
+where a level has many more: on a GPU every fine level at as many cells as there are samples, on a
+CPU each sample at its own level.
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,22 +35,30 @@ def count_gflop(forward: Callable[[], Iterable[Tensor]]) -> float:
 
 
 def count_step(model: RPN, size: tuple[int, int], batch: int, slots: int) -> dict[str, Any]:
-    """Operations of the parts of a step, on both paths, from counts that contain one another."""
+    """Operations of a step and of the body in it: as on a GPU, as on a CPU, and everywhere.
+
+    On a CPU they depend on where the samples are. Nearly all are background, which is drawn evenly.
+    """
     canvas = canvas_of([size], max(model.grid.strides))
     images = torch.empty(batch, 3, *canvas, device="meta")
     at = torch.empty(batch, slots, dtype=torch.int64, device="meta")
     body = count_gflop(lambda: model.backbone.body(images).values())
-    merged = count_gflop(partial(model.backbone.merge, images))
-    paths = {}
-    for name, where in (("ours", at), ("everywhere", None)):
-        whole = count_gflop(partial(model, images, where))
-        paths[name] = {
+    drawn = torch.randint(sum(model.grid.level_lengths(canvas)), (batch, slots))
+    on_cpu = copy.deepcopy(model).to_empty(device="cpu")
+    counts = {
+        "GPU": count_gflop(partial(model, images, at)),
+        "CPU": count_gflop(partial(on_cpu, torch.zeros(images.shape), drawn)),
+        "everywhere": count_gflop(partial(model, images)),
+    }
+    paths = {
+        name: {
             "body": body,
-            "laterals": merged - body,
-            "3x3 and head": whole - merged,
+            "pyramid and head": whole - body,
             "whole": whole,
             "share outside the body": 1 - body / whole,
         }
+        for name, whole in counts.items()
+    }
     return {"size": size, "canvas": canvas, **paths}
 
 
@@ -77,12 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = []
     for height, width in args.size or [[512, 512], [800, 1344]]:
         steps.append(count_step(model, (height, width), args.batch, cfg.method.num_samples))
-        ours, everywhere = steps[-1]["ours"], steps[-1]["everywhere"]
-        print(f"\n{height} x {width:<15}{'ours':>12}{'everywhere':>12}")
-        *parts_of_step, share = ours
+        paths = [steps[-1][name] for name in ("GPU", "CPU", "everywhere")]
+        print(f"\n{height} x {width:<15}{'ours, GPU':>12}{'ours, CPU':>12}{'everywhere':>12}")
+        *parts_of_step, share = paths[0]
         for part in parts_of_step:
-            print(f"{part + ', GFLOP':24}{ours[part]:9.1f}{everywhere[part]:12.1f}")
-        print(f"{share:24}{ours[share]:9.1%}{everywhere[share]:12.1%}")
+            cells = "".join(f"{path[part]:12.1f}" for path in paths)
+            print(f"{part + ', GFLOP':21}{cells}")
+        print(f"{share:21}" + "".join(f"{path[share]:12.1%}" for path in paths))
     with start("cpu") as ranks:
         write(args, ranks, {"parameters": parameters, "steps": steps})
 

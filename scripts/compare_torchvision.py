@@ -35,7 +35,7 @@ from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load
 from rpn_train.distributed import Ranks, start
 from rpn_train.errors import ConfigError, DivergedError, UserError
-from rpn_train.evaluate import as_arrays, ImageProposals, evaluate, in_stored_pixels, score
+from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, in_stored_pixels, score
 from rpn_train.model import RPN, normalize_images
 from rpn_train.options import to_mapping
 from rpn_train.proposals import Proposals

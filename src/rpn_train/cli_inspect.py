@@ -1,0 +1,192 @@
+"""The command `rpn-inspect`."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+import yaml
+from torch import Tensor
+
+from rpn_train.build import build_model, open_split
+from rpn_train.cli_trained import _configured
+from rpn_train.compose import compose, parse, readable
+from rpn_train.config import DatasetConfig, TrainConfig
+from rpn_train.data.batch import ReadImage
+from rpn_train.data.index import Index
+from rpn_train.errors import ConfigError, DataError
+from rpn_train.fit_anchors import anchors_yaml
+from rpn_train.inspect_data import Inspection, inspect_split, spaced
+from rpn_train.inspect_figures import inspection_figures, montage
+from rpn_train.inspect_page import (
+    anchor_overrides,
+    findings,
+    markdown_page,
+    page_sections,
+    plain_page,
+    report_mapping,
+)
+from rpn_train.inspect_views import Views, measured_fields
+from rpn_train.model import RPN
+from rpn_train.options import from_mapping, option
+from rpn_train.pretrained import find_pretrained, trained_model
+from rpn_train.recall_report import save_picture
+from rpn_train.receptive_field import receptive_fields
+from rpn_train.run_folder import make_folder
+from rpn_train.run_log import write_json, write_text
+from rpn_train.shell import check_device, guarded
+from rpn_train.split_summary import file_faults
+
+_USAGE = """\
+usage: rpn-inspect [dataset=CHOICE dataset.root=DIR] [GROUP=CHOICE] [KEY=VALUE] ...
+       rpn-inspect checkpoint=WHERE [KEY=VALUE] ...
+
+Tells before training what is in the data, which objects the anchors reach, and what the network
+sees. Takes what rpn-train takes: image sizes, anchors, backbone and method are those of the run to
+be. With a checkpoint the configuration is the checkpoint's.
+
+  rpn-inspect dataset=coco dataset.root=DIR backbone=resnet50_fpn
+  rpn-inspect dataset=voc dataset.root=DIR image.short_side=600 image.max_side=1000 fit=true
+  rpn-inspect checkpoint=runs/a effective=true
+
+fit=true       propose sizes and ratios of anchors, and write them to anchors_fitted.yaml
+effective=true measure the effective receptive field, too, on a few images: seconds to minutes
+split=         train (default) or val
+pictures=      images drawn with their boxes (12); 0: none
+files=         image files whose headers are compared with the annotations (1000); 0: none
+checkpoint=    a run folder, a checkpoint in one, or torchvision:BUILDER[:WEIGHTS NAME OR FILE]
+Prints a page and writes inspect.json, inspect.md and figures to output_dir (default: inspect/ in
+the run folder, or <data set>_<split>_inspect). `rpn-train --help` lists the other keys.
+"""
+
+PICTURES = {  # what inspect.md says of them
+    "data": "Sizes, ratios and objects per image",
+    "best_iou": "Best IoU of the anchors with each object",
+    "reach_by_size": "Reach by object size, level by level",
+    "levels": "What each level serves, has and sees",
+    "effective_field": "Effective receptive fields",
+    "montage": "Images with their objects (green) and boxes to ignore (grey)",
+}
+
+
+@dataclass(frozen=True)
+class InspectArguments:
+    """What only `rpn-inspect` understands."""
+
+    checkpoint: str | None = option(None, "run folder, checkpoint or torchvision:BUILDER")
+    split: Literal["train", "val"] = option("train", "of the data set")
+    fit: bool = option(False, "propose anchors")
+    effective: bool = option(False, "measure the effective receptive field")
+    pictures: int = option(12, "images drawn with their boxes", low=0)
+    files: int = option(1000, "image files whose headers are looked at", low=0)
+
+
+def inspect_main() -> None:
+    """`rpn-inspect`."""
+    sys.exit(guarded(_inspect, sys.argv[1:]))
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(_USAGE, end="")
+        return 0
+    own, typed = own_arguments(InspectArguments, arguments)
+    if own.checkpoint is None:
+        parse(typed)
+        cfg = from_mapping(TrainConfig, compose(typed))
+        check_device(cfg)
+        # weights would be fetched, and only what is measured asks for them
+        backbone = cfg.backbone if own.effective else replace(cfg.backbone, weights=None)
+        model = build_model(replace(cfg, backbone=backbone))
+        folder = Path(_default_name(cfg.dataset, own.split))
+    else:
+        source = find_pretrained(own.checkpoint)
+        cfg = _configured(source, typed)
+        model, folder = trained_model(cfg, source), source.folder.with_name("inspect")
+    folder = Path(cfg.output_dir) if cfg.output_dir else folder
+    index, read = open_split(cfg.dataset, own.split, cfg.seed, need_images=False)
+    make_folder(folder)
+    rows = spaced(len(index), 0 if cfg.dataset.format == "shapes" else own.files)
+    inspection = inspect_split(
+        index,
+        model.grid,
+        _views(model, index, read, cfg, own.effective),
+        cfg,
+        fit=own.fit,
+        files_checked=len(rows),
+        files=file_faults(index, rows),
+    )
+    pictures = inspection_figures(inspection)
+    notes = []
+    try:
+        if own.pictures:
+            pictures["montage"] = montage(index, read, own.pictures)
+    except DataError as error:  # annotations alone are enough for all the rest
+        notes = [f"montage.png is not drawn: {error}"]
+    title = f"{own.split} of {cfg.dataset.root or cfg.dataset.format}, {cfg.backbone.name}"
+    _write(inspection, title, notes, folder, pictures)
+    return 0
+
+
+def own_arguments(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """The arguments that only this command understands, checked, and the others."""
+    hints = get_type_hints(kind)
+    own: dict[str, Any] = {}
+    typed = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not (equals and key in hints):
+            typed.append(readable(argument))
+        elif key in own:
+            raise ConfigError(f"{key}: expected once, got it several times")
+        else:
+            number = hints[key] not in (str, str | None) and re.fullmatch(r"[\w.+-]+", value)
+            own[key] = yaml.safe_load(value) if number else value
+    return from_mapping(kind, own), typed
+
+
+def _default_name(dataset: DatasetConfig, split: str) -> str:
+    """<data set>_<split>_inspect."""
+    name = Path(dataset.root).expanduser().resolve().name if dataset.root else dataset.format
+    return f"{name}_{split}_inspect"
+
+
+def _views(model: RPN, index: Index, read: ReadImage, cfg: TrainConfig, effective: bool) -> Views:
+    """What the cells see. A network with an operator that is not known is only measured."""
+    try:
+        fields = receptive_fields(model)
+    except ConfigError:
+        fields = None
+    if not effective:
+        return Views(fields, None)
+    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    model.to("cuda" if on_gpu else "cpu")
+    return Views(fields, measured_fields(model, index, read, cfg))
+
+
+def _write(
+    inspection: Inspection,
+    title: str,
+    notes: Sequence[str],
+    folder: Path,
+    pictures: Mapping[str, Tensor],
+) -> None:
+    """Print the page; write it, its figures, and fitted anchors, to the folder."""
+    report, made = inspection.report, [f"{name}.png" for name in pictures]
+    found, sections = [*findings(report), *notes], page_sections(report)
+    print(plain_page(title, found, sections))
+    shown = {f"{name}.png": PICTURES[name] for name in pictures}
+    write_text(folder / "inspect.md", markdown_page(title, found, sections, shown))
+    write_json(folder / "inspect.json", report_mapping(report))
+    for name, picture in pictures.items():
+        save_picture(picture, folder / f"{name}.png")
+    if inspection.fit is not None:
+        file = folder / "anchors_fitted.yaml"
+        comment = f"Fitted to {title}\nshort side {report.short_side} px, at most {report.max_side}"
+        write_text(file, anchors_yaml(inspection.fit.grid, comment))
+        print(f"\nuse them: rpn-train anchors={file} ...\nor {anchor_overrides(report)}")
+        made.append(file.name)
+    print(f"\nwritten to {folder}: inspect.md, inspect.json, {', '.join(made)}")

@@ -1,0 +1,205 @@
+"""Figures of `rpn-inspect`: the data, what the anchors reach, what the network sees.
+
+Colours are those of Okabe and Ito (2008); what matters differs in line style or place, too.
+"""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rpn_train.charts import doublings, legend, log_px, mark, new_figure, unit
+from rpn_train.curves import LINES, figure_to_image
+from rpn_train.data.batch import ReadImage
+from rpn_train.data.index import Index
+from rpn_train.data.transforms import resize
+from rpn_train.figures import (
+    BLACK,
+    BLUE,
+    BLUISH_GREEN,
+    CELL_PX,
+    GREY,
+    ORANGE,
+    SHEET_COLUMNS,
+    SKY_BLUE,
+    VERMILLION,
+    contact_sheet,
+    draw_detections,
+)
+from rpn_train.inspect_data import Inspection
+from rpn_train.level_figures import effective_figure, levels_figure
+from rpn_train.recall import SIZES
+
+BEST_IOU_BINS = 40
+FEWEST = 5  # objects in a bin of which a mean is drawn
+
+
+def inspection_figures(inspection: Inspection) -> dict[str, Tensor]:
+    """File name without suffix -> figure, uint8 [3, H, W].
+
+    Without objects there is none but of the levels; without effective fields none of these.
+    """
+    figures = {}
+    if len(inspection.objects.boxes):
+        figures["data"] = data_figure(inspection)
+        figures["best_iou"] = best_iou_figure(inspection)
+        figures["reach_by_size"] = reach_figure(inspection)
+    figures["levels"] = levels_figure(inspection)
+    if inspection.views.effective is not None:
+        figures["effective_field"] = effective_figure(inspection)
+    return {name: figure_to_image(figure) for name, figure in figures.items()}
+
+
+def data_figure(inspection: Inspection) -> Figure:
+    """Histograms of sides, of ratios and of objects per image, with the anchors marked."""
+    objects, grid = inspection.objects, inspection.grid
+    width, height = (side.numpy() for side in objects.width_height())
+    sides, areas = objects.sides().numpy(), objects.areas.numpy()
+    figure, [(left, middle, right)] = new_figure(14, 4.2, 3)
+    named = {name: limits for name, limits in SIZES.items() if name != "all"}
+    groups = [sides[(areas >= low) & (areas < high)] for low, high in named.values()]
+    colours = [unit(c) for c in (ORANGE, SKY_BLUE, BLUE)]
+    labels = [f"{name}: {len(g):,}" for name, g in zip(named, groups, strict=True)]
+    left.hist(groups, doublings(sides), stacked=True, color=colours, label=labels)
+    log_px(left, "side of an object, sqrt(width x height), px after resizing")
+    ratios = (height / width).clip(1 / 16, 16)
+    middle.hist(ratios, np.geomspace(1 / 16, 16, 49), color=unit(SKY_BLUE), label="objects")
+    middle.set(xscale="log", xlabel="height / width of an object")
+    middle.set_xticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    middle.minorticks_off()
+    grids = [("anchors", grid, BLACK, "--")]
+    if inspection.fit is not None:
+        grids.append(("fitted anchors", inspection.fit.grid, VERMILLION, ":"))
+    for name, of, colour, style in grids:
+        mark(left, [s for level in of.sizes for s in level], name, colour, style)
+        mark(middle, of.ratios, name, colour, style)
+    most = int(inspection.per_image.max())
+    step = max(1, -(-most // 40))
+    bins = np.arange(-0.5, most + step + 0.5, step)
+    right.hist(inspection.per_image, bins, color=unit(SKY_BLUE), label="images")
+    right.set(xlabel="objects in an image", ylabel="images")
+    for axes in (left, middle):
+        axes.set(ylabel="objects")
+    for axes in (left, middle, right):
+        legend(axes)
+    return figure
+
+
+def training_kinds(inspection: Inspection) -> NDArray[np.int64]:
+    """Of each object: 0 untrained, 1 forced, 2 positive; int64 [M]."""
+    method, best = inspection.method, inspection.coverage.best_iou.numpy()
+    forced = method.force_best & (best > 0) & (best >= method.forced_min_iou)
+    return np.where(best >= method.fg_iou, 2, forced.astype(np.int64))
+
+
+def best_iou_figure(inspection: Inspection) -> Figure:
+    """Histogram of the best IoU of each object, by how it trains."""
+    report, best = inspection.report, inspection.coverage.best_iou.numpy()
+    everything = report.reach["area"]["all"]
+    figure, [[axes]] = new_figure(9, 4.2, 1)
+    bins = np.linspace(0, 1, BEST_IOU_BINS + 1)
+    kind = training_kinds(inspection)
+    kinds = [
+        (best[kind == 0], "untrained", VERMILLION),
+        (best[kind == 1], "forced: the best anchors alone train", ORANGE),
+        (best[kind == 2], f"positive: IoU {report.fg_iou:g} or more", BLUISH_GREEN),
+    ]
+    kinds = [kind for kind in kinds if len(kind[0])]
+    axes.hist(
+        [values for values, *_ in kinds],
+        bins,
+        stacked=True,
+        weights=[np.full(len(values), 100 / len(best)) for values, *_ in kinds],
+        color=[unit(colour) for *_, colour in kinds],
+        label=[f"{label}: {100 * len(v) / len(best):.1f} %" for v, label, _ in kinds],
+    )
+    if inspection.fit is not None:
+        after = inspection.fit.after.best_iou.numpy()
+        counts = np.histogram(after, bins)[0] * (100 / len(after))
+        axes.stairs(counts, bins, color=unit(BLACK), linewidth=1.8, label="fitted anchors")
+    axes.set(
+        xlabel="IoU of an object with the anchor that overlaps it most",
+        ylabel="objects, %",
+        xlim=(0, 1),
+        xticks=np.linspace(0, 1, 11),
+        title=f"{everything.num_objects:,} objects, mean best IoU {everything.mean_iou:.3f}",
+    )
+    legend(axes)
+    return figure
+
+
+def reach_figure(inspection: Inspection) -> Figure:
+    """Best IoU, and the share that reaches fg_iou, by side of the object: a line per level."""
+    fg_iou = inspection.report.fg_iou
+    sides = inspection.objects.sides()[inspection.some].numpy()
+    edges = doublings(sides)
+    bins = np.digitize(sides, edges) - 1
+    counts = np.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1]
+    centres = np.sqrt(edges[1:] * edges[:-1])
+    figure, panels = new_figure(14, 5.2, 2, rows=2)
+    lines = [
+        (f"stride {s}", b.numpy())
+        for s, b in zip(inspection.grid.strides, inspection.level_best, strict=True)
+    ]
+    if len(lines) > 1:
+        lines.append(("all levels", inspection.level_best.amax(0).numpy()))
+    quantities = [
+        ("mean best IoU", lambda best: best),
+        (f"objects with IoU {fg_iou:g} or more, %", lambda best: 100.0 * (best >= fg_iou)),
+    ]
+    for (label, of), top, bottom in zip(quantities, *panels, strict=True):
+        for i, (name, best) in enumerate(lines):
+            sums = np.bincount(bins, of(best), minlength=len(counts))[: len(counts)]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                means = np.where(counts >= FEWEST, sums / counts, np.nan)
+            last = name == "all levels"
+            colour, dashes, marker = (GREY, (), "") if last else LINES[i % len(LINES)]
+            (line,) = top.plot(centres, means, marker, color=unit(colour), label=name)
+            line.set(
+                linestyle="-",
+                linewidth=6 if last else 1.8,
+                zorder=1 if last else 2,
+                alpha=0.6 if last else 1,
+                markersize=5,
+            )
+            line.set_dashes(dashes)
+        top.set(ylabel=label)
+        top.grid(alpha=0.3)
+        bottom.stairs(counts, edges, fill=True, color=unit(GREY))
+        bottom.set(ylabel="objects")
+        log_px(bottom, "side of an object, sqrt(width x height), px after resizing")
+    panels[0][0].set(ylim=(0, 1.02))
+    panels[0][1].set(ylim=(0, 102))
+    panels[0][0].axhline(fg_iou, color="black", linewidth=1, linestyle=":")
+    handles = panels[0][0].lines[: len(lines)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, handlelength=4)
+    return figure
+
+
+def montage(index: Index, read: ReadImage, count: int) -> Tensor:
+    """Images evenly spaced over a split with their boxes, those to ignore in grey: [3, H, W].
+
+    Raises:
+        DataError: an image is missing or broken.
+    """
+    cells = []
+    for row in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
+        stored = read(int(row))
+        height, width = stored.shape[1:]
+        scale = min(CELL_PX[0] / width, CELL_PX[1] / height)
+        size = (round(scale * height), round(scale * width))
+        image, boxes = resize(stored, torch.from_numpy(index.boxes_xyxy(int(row))), size)
+        ignored = torch.from_numpy(index.ignored(int(row)))
+        nothing = torch.zeros(0, 4)
+        cells.append(
+            draw_detections(
+                image,
+                gt_boxes=boxes,
+                gt_ignore=ignored,
+                proposals=nothing,
+                scores=nothing[:, 0],
+                enlarge=False,
+            )
+        )
+    return contact_sheet(cells, SHEET_COLUMNS)

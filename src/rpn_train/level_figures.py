@@ -1,0 +1,111 @@
+"""Figures of the levels of a network: what they serve, which anchors they have, what they see."""
+
+import math
+
+import numpy as np
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from rpn_train.anchors import cell_anchors
+from rpn_train.charts import legend, log_px, new_figure, unit
+from rpn_train.figures import BLACK, BLUE, ORANGE, SKY_BLUE, VERMILLION
+from rpn_train.inspect_data import Inspection
+
+
+def levels_figure(inspection: Inspection) -> Figure:
+    """Of each level: lengths of the objects it serves, of its anchors, and what its cells see."""
+    objects, coverage = inspection.objects, inspection.coverage
+    level_of = torch.div(coverage.best_shape, coverage.per_cell, rounding_mode="floor")
+    width, height = objects.width_height()
+    length = torch.maximum(width, height).numpy()
+    levels = inspection.report.levels
+    figure, [[axes]] = new_figure(11, 1.6 + 0.55 * len(levels), 1)
+    for y, level in enumerate(levels):
+        served = length[level_of.numpy() == y]
+        if len(served):
+            low, high = np.percentile(served, [5, 95])
+            axes.plot(
+                [low, high],
+                [y, y],
+                color=unit(SKY_BLUE),
+                linewidth=12,
+                alpha=0.6,
+                solid_capstyle="butt",
+                label="objects best reached here, 5 to 95 %",
+            )
+        cells = cell_anchors(level.sizes, inspection.grid.ratios, inspection.grid.rounded)
+        longest = (cells[:, 2:] - cells[:, :2]).amax(1).tolist()
+        axes.plot(
+            longest, [y] * len(longest), "o", color=unit(BLACK), markersize=6, label="anchors"
+        )
+        if level.field_px is not None and max(level.field_px) < math.inf:
+            axes.plot(
+                max(level.field_px),
+                y,
+                "|",
+                color=unit(VERMILLION),
+                markersize=22,
+                markeredgewidth=3,
+                label="receptive field",
+            )
+        if level.effective_px is not None:
+            axes.plot(
+                level.effective_px,
+                y,
+                "d",
+                color=unit(BLUE),
+                markersize=9,
+                label="receptive field in effect (95 % of the gradient)",
+            )
+    axes.set_yticks(range(len(levels)), [f"stride {level.stride}" for level in levels])
+    axes.set(ylim=(len(levels) - 0.4, -0.6))
+    axes.grid(alpha=0.3, axis="x")
+    log_px(axes, "longer side, px after resizing")
+    legend(axes)
+    return figure
+
+
+def effective_figure(inspection: Inspection) -> Figure:
+    """Of each level the gradient of its middle cell with respect to the pixels."""
+    effective, levels = inspection.views.effective, inspection.report.levels
+    assert effective is not None
+    figure, [panels] = new_figure(3.2 * len(levels), 3.9, len(levels))
+    for field, level, axes in zip(effective, levels, panels, strict=True):
+        row, column = field.centre
+        height, width = field.heat.shape
+        axes.imshow(
+            field.heat / field.heat.max(),
+            cmap="cividis",
+            norm=PowerNorm(0.4),
+            extent=(-column, width - column, height - row, -row),
+        )
+        side = field.side()
+        squares = [("in effect", (float(side), float(side)), ORANGE, "-")]
+        if level.field_px is not None and max(level.field_px) < math.inf:
+            squares.append(("in theory", level.field_px, VERMILLION, "--"))
+        squares.append(("largest anchor", level.largest_anchor_px, BLACK, ":"))
+        for label, (h, w), colour, style in squares:
+            axes.add_patch(
+                Rectangle(
+                    (-w / 2, -h / 2),
+                    w,
+                    h,
+                    fill=False,
+                    edgecolor=unit(colour),
+                    linestyle=style,
+                    linewidth=2,
+                    label=label,
+                )
+            )
+        reachable = 0.55 * max(max(size) for _, size, *_ in squares)
+        axes.set(
+            xlim=(-reachable, reachable),
+            ylim=(reachable, -reachable),
+            title=f"stride {level.stride}",
+            xlabel="px from the cell",
+        )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
