@@ -1,5 +1,7 @@
 """`rpn_train.load` and `propose`: from Python, what the commands give."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +72,11 @@ def test_faults(run: Path) -> None:
             model.propose([np.zeros((4, 4, 3), np.uint8), image])
     with pytest.raises(CheckpointError, match="got nothing at no_such_run"):
         rpn_train.load("no_such_run")
+
+
+def test_the_package_is_light_until_it_is_used() -> None:
+    """Scoring files takes numpy alone; torch takes seconds and 500 MB."""
+    code = "import rpn_train.recall, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'train_it'"):
+        rpn_train.train_it  # noqa: B018
