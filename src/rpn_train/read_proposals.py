@@ -115,7 +115,7 @@ def _rows(path: Path, keys: Sequence[int] | Sequence[str], index: Index) -> Ints
 
 def _rows_by_name(index: Index) -> dict[int | str, int]:
     """Row of each file name and of each stem; -1 for a stem of several images."""
-    names = [index.file_name(row) for row in range(len(index))]
+    names = index.file_names()
     rows: dict[int | str, int] = {}
     for row, name in enumerate(names):
         stem = PurePosixPath(name).stem

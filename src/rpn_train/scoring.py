@@ -129,9 +129,8 @@ def write_worst(
     """
     objects = objects_of(index)
     misses = image_misses(proposals, objects, recall)
-    names = [index.file_name(row) for row in range(len(index))]
     suffix = f"_{name}" if name else ""
-    write_misses(folder / f"images{suffix}.csv", misses, index.image_ids, names)
+    write_misses(folder / f"images{suffix}.csv", misses, index.image_ids, index.file_names())
     try:
         worst = [
             scored_image(proposals, recall, index, read, row)

@@ -57,7 +57,7 @@ def leave_signals_to_parent(worker: int) -> None:
     The second SIGTERM ends it: one comes from its parent, when all else has failed, and one more
     when that ends. It may be waiting for what a killed process held, and would wait for ever.
     """
-    came = []
+    came: list[int] = []
 
     def end(number: int, frame: FrameType | None) -> None:
         if came:

@@ -4,11 +4,14 @@ The file is decoded from a memory map into typed records that hold only the fiel
 nine tenths of the bytes, are skipped without an object being made of them.
 """
 
+import gc
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from rpn_train.data.index import Index, build_index, check_categories, list_folder
 from rpn_train.errors import DataError
 
+_T = TypeVar("_T", np.int64, np.float64)
 _Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # fits int64
 
 
@@ -33,7 +37,7 @@ class _Annotation(msgspec.Struct, gc=False):
     category_id: _Int
     bbox: tuple[float, float, float, float]
     area: float = float("nan")  # JSON has no NaN, so this says absent
-    iscrowd: int = 0
+    iscrowd: _Int = 0
 
 
 class _Category(msgspec.Struct, gc=False):
@@ -72,33 +76,56 @@ def read_coco(
         DataError: a file is missing, broken or at odds with itself, or a category is unknown.
     """
     on_disk = list_folder(images, "images") if need_images else None
-    file = _decode(annotations)
-    image_ids = np.array([image.id for image in file.images], np.int64)
+    with _no_collections():
+        return _to_index(annotations, images, _decode(annotations), on_disk, categories, keep_empty)
+
+
+def _to_index(
+    annotations: Path,
+    images: Path,
+    file: _File,
+    on_disk: frozenset[str] | None,
+    categories: Sequence[str] | None,
+    keep_empty: bool,
+) -> Index:
+    image_ids = _column(file.images, "id", np.int64)
     # All in the order of the file, which is that of the records in memory: half the time.
     found = file.annotations
-    ids = np.array([box.id for box in found], np.int64)
-    box_image_ids = np.array([box.image_id for box in found], np.int64)
+    ids, box_image_ids, crowd = (
+        _column(found, name, np.int64) for name in ("id", "image_id", "iscrowd")
+    )
     _check_ids(annotations, image_ids, ids, box_image_ids)
     by_id = np.argsort(image_ids)
     read = _of_categories(annotations, file, categories)
+    numbers = chain.from_iterable(map(attrgetter("bbox"), found))
     index = build_index(
         source=annotations,
         root=images,
         image_ids=image_ids,
         file_names=[image.file_name for image in file.images],
-        sizes=np.array([(i.height, i.width) for i in file.images], np.int64).reshape(-1, 2),
+        sizes=np.stack([_column(file.images, name, np.int64) for name in ("height", "width")], 1),
         box_rows=by_id[np.searchsorted(image_ids, box_image_ids, sorter=by_id)][read],
         box_ids=ids[read],
-        boxes_xywh=np.fromiter(
-            chain.from_iterable(box.bbox for box in found), np.float64, 4 * len(found)
-        ).reshape(-1, 4)[read],
-        areas=np.array([box.area for box in found], np.float64)[read],
-        ignore=np.array([box.iscrowd != 0 for box in found], np.bool_)[read],
+        boxes_xywh=np.fromiter(numbers, np.float64, 4 * len(found)).reshape(-1, 4)[read],
+        areas=_column(found, "area", np.float64)[read],
+        ignore=(crowd != 0)[read],
         keep_empty=keep_empty,
     )
     if on_disk is not None:
         _check_files(annotations, index, on_disk)
     return index
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without Python's collector, which would walk through millions of new boxes to free none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _decode(path: Path) -> _File:
@@ -112,6 +139,11 @@ def _decode(path: Path) -> _File:
             return msgspec.json.decode(data, type=_File)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a COCO annotation file: {error}") from error
+
+
+def _column(records: Sequence[msgspec.Struct], name: str, kind: type[_T]) -> NDArray[_T]:
+    """A field of all records."""
+    return np.fromiter(map(attrgetter(name), records), kind, len(records))
 
 
 def _check_ids(
@@ -134,7 +166,7 @@ def _check_ids(
 
 def _of_categories(path: Path, file: _File, categories: Sequence[str] | None) -> NDArray[np.intp]:
     """Rows of the annotations that are read: by category, then in the order of the file."""
-    category_ids = np.array([annotation.category_id for annotation in file.annotations], np.int64)
+    category_ids = _column(file.annotations, "category_id", np.int64)
     order = np.argsort(category_ids, kind="stable")
     if categories is None:
         return order
@@ -144,7 +176,7 @@ def _of_categories(path: Path, file: _File, categories: Sequence[str] | None) ->
 
 
 def _check_files(path: Path, index: Index, on_disk: frozenset[str]) -> None:
-    names = [index.file_name(i) for i in range(len(index))]
+    names = index.file_names()
     # The listing answers for flat folders; only a name with a subfolder costs a look at the disk.
     missing = [n for n in names if n not in on_disk and not (index.root / n).is_file()]
     if missing:

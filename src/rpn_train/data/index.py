@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,11 @@ class Index:
     def file_name(self, i: int) -> str:
         """Name of the file of image `i`, as annotated."""
         return self.name_bytes[self._rows(self.name_offsets, i)].tobytes().decode()
+
+    def file_names(self) -> list[str]:
+        """Names of all images, in order."""
+        text, offsets = self.name_bytes.tobytes(), self.name_offsets.tolist()
+        return [text[start:end].decode() for start, end in pairwise(offsets)]
 
     def path(self, i: int) -> Path:
         """Path of image `i`, links resolved.
