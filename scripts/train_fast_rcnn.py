@@ -219,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, default=300, help="proposals per image, best first")
     parser.add_argument("--control", action="store_true", help="train on scattered boxes, too")
     args = parser.parse_intermixed_args(argv)
-    typed = [readable(text) for text in args.overrides]
+    typed = readable(args.overrides)
     if args.checkpoint is None:
         cfg = compose_run(typed)
         backbone = build_model(cfg).backbone

@@ -21,8 +21,10 @@ ORDER = [
     *["proposal_files", "array_pickle", "coco_results", "read_proposals"],
     *["build", "pretrained", "evaluate", "run_state", "step", "report"],
     *["receptive_field", "coverage", "fit_anchors"],
+    *["charts", "split_summary", "inspect_views", "inspect_data", "inspect_findings"],
+    *["inspect_page", "level_figures", "inspect_figures"],
     *["train", "proposer", "scoring", "propose", "export"],
-    *["compose", "run_folder", "shell", "cli", "cli_trained", "__main__"],
+    *["compose", "run_folder", "shell", "cli", "cli_trained", "cli_inspect", "__main__"],
 ]
 CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals"}
 
@@ -30,7 +32,7 @@ CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposa
 HOMES = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},
-    "yaml": {"cli", "cli_trained", "run_log"},
+    "yaml": {"cli", "cli_trained", "cli_inspect", "compose", "run_log"},
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
     "tensorboard": {"run_log"},
@@ -141,12 +143,12 @@ def test_nothing_acts_when_imported(name: str) -> None:
 def test_only_commands_speak_and_exit(name: str) -> None:
     for function, node in calls(name):
         if function in {"print", "sys.stdout.write", "sys.stderr.write"}:
-            assert name in {"cli", "cli_trained", "shell", "scoring", "propose"}, (
+            assert name in {"cli", "cli_trained", "cli_inspect", "shell", "scoring", "propose"}, (
                 f"line {node.lineno} prints"
             )
         if function in {"sys.exit", "exit", "quit", "os._exit"}:
             # a loader process is no command, but has none above it that could end it
-            allowed = {"stop"} if function == "os._exit" else {"cli", "cli_trained"}
+            allowed = {"stop"} if function == "os._exit" else {"cli", "cli_trained", "cli_inspect"}
             assert name in allowed, f"line {node.lineno} exits"
 
 

@@ -398,6 +398,23 @@ def test_several_processes_are_started_with_what_was_typed(
     assert cfg.output_dir == "a b=c"
 
 
+def test_a_group_from_a_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("sizes: [[10], [20.5], [40], [80], [160]]\nratios: [0.5, 2]\n")
+    typed = [f"anchors={file}", "anchors.ratios=[1]"]  # what is typed after it wins
+    code, page, _ = run(cli._train, *typed, "--config")
+    assert code == 0
+    anchors = yaml.safe_load(page)["anchors"]
+    assert anchors["sizes"] == [[10.0], [20.5], [40.0], [80.0], [160.0]]
+    assert anchors["ratios"] == [1.0]
+    file.write_text("size: 3\n")
+    code, _, fault = run(cli._train, *typed, "--config")
+    assert (code, fault) == (2, "error: anchors.size: unknown key; did you mean 'anchors.sizes'?\n")
+    assert run(cli._train, f"anchors={tmp_path}/no.yaml")[2].startswith(
+        f"error: anchors: expected a choice or a YAML file, got {tmp_path}/no.yaml: "
+    )
+
+
 # Sweeps
 
 

@@ -37,7 +37,7 @@ def spread(backbone: nn.Module, head: nn.Module) -> None:
     backbone.eval()
     maps = backbone(torch.stack(images()) / 128 - 1)
     hidden = head.conv(maps["0"] if isinstance(maps, dict) else maps[0])
-    for branch, size in ((head.cls_logits, 2.0), (head.bbox_pred, 0.05)):
+    for branch, size in ((head.cls_logits, 2.0), (head.bbox_pred, 0.02)):
         nn.init.normal_(branch.weight, generator=generator)
         branch.weight *= size / nn.functional.conv2d(hidden, branch.weight).std()
     # torchvision ranks by probability, which tells logits apart as well as they are if they are low

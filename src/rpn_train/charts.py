@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -34,21 +35,22 @@ def unit(colour: tuple[int, int, int]) -> Colour:
     return red / 255, green / 255, blue / 255
 
 
-def doublings(lengths: NDArray[np.float32]) -> NDArray[np.float64]:
+def doublings(lengths: NDArray[np.float32]) -> list[float]:
     """Edges of bins, some for each doubling, that hold lengths [M], M >= 1; px, at least 1."""
     first = math.floor(math.log2(max(1, lengths.min())))
     last = math.floor(math.log2(max(1, lengths.max()))) + 1
-    return 2.0 ** np.linspace(first, last, BINS_PER_DOUBLING * (last - first) + 1)
+    count = BINS_PER_DOUBLING * (last - first) + 1
+    edges: list[float] = np.exp2(np.linspace(first, last, count)).tolist()
+    return edges
 
 
 def log_px(axes: Axes, label: str) -> None:
     """Make x an axis of lengths."""
-    low, high = axes.get_xlim()
     axes.set(xscale="log", xlabel=label)
-    ticks = [2**i for i in range(16)]
+    low, high = axes.get_xlim()
+    ticks = [2**i for i in range(16) if low <= 2**i <= high]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(low, high)
 
 
 def mark(
@@ -59,16 +61,21 @@ def mark(
         axes.axvline(value, color=unit(colour), linestyle=style, linewidth=1.5, label=label)
 
 
-def legend(axes: Axes, columns: int = 2) -> None:
-    """Above the axes, each name once."""
+def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """Below the figure, each name once."""
+    handles, names = _named(axes)
+    look = {"handlelength": 3.5, "fontsize": 9, "frameon": False}
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, **look)
+
+
+def legend_above(axes: Axes) -> None:
+    """Above these axes, each name once."""
+    handles, names = _named(axes)
+    look = {"ncols": 3, "handlelength": 3, "fontsize": 9, "frameon": False}
+    axes.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), **look)
+
+
+def _named(axes: Axes) -> tuple[list[Artist], list[str]]:
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    axes.legend(
-        [*once.values()],
-        [*once],
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
-    )
+    return [*once.values()], [*once]

@@ -45,7 +45,7 @@ def _train(arguments: Sequence[str]) -> int:
         print(_USAGE + "\n" + _options())
         return 0
     flags = {"-m", "--multirun", "--config"} & {*arguments}
-    typed = [readable(a) for a in arguments if a not in flags]
+    typed = readable([a for a in arguments if a not in flags])
     if flags & {"-m", "--multirun"}:
         return _sweep(typed)
     cfg = compose_run(typed)

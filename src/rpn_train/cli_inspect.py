@@ -14,18 +14,18 @@ from torch import Tensor
 from rpn_train.build import build_model, open_split
 from rpn_train.cli_trained import _configured
 from rpn_train.compose import compose, parse, readable
-from rpn_train.config import DatasetConfig, TrainConfig
+from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.index import Index
 from rpn_train.errors import ConfigError, DataError
 from rpn_train.fit_anchors import anchors_yaml
 from rpn_train.inspect_data import Inspection, inspect_split, spaced
 from rpn_train.inspect_figures import inspection_figures, montage
+from rpn_train.inspect_findings import findings
 from rpn_train.inspect_page import (
-    anchor_overrides,
-    findings,
     markdown_page,
     page_sections,
+    page_title,
     plain_page,
     report_mapping,
 )
@@ -94,19 +94,7 @@ def _inspect(arguments: Sequence[str]) -> int:
         print(_USAGE, end="")
         return 0
     own, typed = own_arguments(InspectArguments, arguments)
-    if own.checkpoint is None:
-        parse(typed)
-        cfg = from_mapping(TrainConfig, compose(typed))
-        check_device(cfg)
-        # weights would be fetched, and only what is measured asks for them
-        backbone = cfg.backbone if own.effective else replace(cfg.backbone, weights=None)
-        model = build_model(replace(cfg, backbone=backbone))
-        folder = Path(_default_name(cfg.dataset, own.split))
-    else:
-        source = find_pretrained(own.checkpoint)
-        cfg = _configured(source, typed)
-        model, folder = trained_model(cfg, source), source.folder.with_name("inspect")
-    folder = Path(cfg.output_dir) if cfg.output_dir else folder
+    cfg, model, folder = _network(own, typed)
     index, read = open_split(cfg.dataset, own.split, cfg.seed, need_images=False)
     make_folder(folder)
     rows = spaced(len(index), 0 if cfg.dataset.format == "shapes" else own.files)
@@ -115,6 +103,7 @@ def _inspect(arguments: Sequence[str]) -> int:
         model.grid,
         _views(model, index, read, cfg, own.effective),
         cfg,
+        split=own.split,
         fit=own.fit,
         files_checked=len(rows),
         files=file_faults(index, rows),
@@ -126,9 +115,30 @@ def _inspect(arguments: Sequence[str]) -> int:
             pictures["montage"] = montage(index, read, own.pictures)
     except DataError as error:  # annotations alone are enough for all the rest
         notes = [f"montage.png is not drawn: {error}"]
-    title = f"{own.split} of {cfg.dataset.root or cfg.dataset.format}, {cfg.backbone.name}"
-    _write(inspection, title, notes, folder, pictures)
+    _tell(inspection, notes, folder, pictures)
     return 0
+
+
+def _network(own: InspectArguments, typed: Sequence[str]) -> tuple[TrainConfig, RPN, Path]:
+    """The configuration, the network that it describes, and the folder to write to."""
+    source = None if own.checkpoint is None else find_pretrained(own.checkpoint)
+    if source is None:
+        parse(typed)
+        cfg = from_mapping(TrainConfig, compose(typed))
+        check_device(cfg)
+        # weights would be fetched, and only what is measured depends on them
+        weights = cfg.backbone.weights if own.effective else None
+        model = build_model(replace(cfg, backbone=replace(cfg.backbone, weights=weights)))
+    else:
+        cfg = _configured(source, typed)
+        model = trained_model(cfg, source)
+    if cfg.output_dir is not None:
+        return cfg, model, Path(cfg.output_dir)
+    if source is not None and source.brings_data:
+        return cfg, model, source.folder.with_name("inspect")
+    root = cfg.dataset.root
+    name = Path(root).expanduser().resolve().name if root else cfg.dataset.format
+    return cfg, model, Path(f"{name}_{own.split}_inspect")
 
 
 def own_arguments(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
@@ -139,19 +149,13 @@ def own_arguments(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not (equals and key in hints):
-            typed.append(readable(argument))
+            typed += readable([argument])
         elif key in own:
             raise ConfigError(f"{key}: expected once, got it several times")
         else:
             number = hints[key] not in (str, str | None) and re.fullmatch(r"[\w.+-]+", value)
             own[key] = yaml.safe_load(value) if number else value
     return from_mapping(kind, own), typed
-
-
-def _default_name(dataset: DatasetConfig, split: str) -> str:
-    """<data set>_<split>_inspect."""
-    name = Path(dataset.root).expanduser().resolve().name if dataset.root else dataset.format
-    return f"{name}_{split}_inspect"
 
 
 def _views(model: RPN, index: Index, read: ReadImage, cfg: TrainConfig, effective: bool) -> Views:
@@ -167,26 +171,23 @@ def _views(model: RPN, index: Index, read: ReadImage, cfg: TrainConfig, effectiv
     return Views(fields, measured_fields(model, index, read, cfg))
 
 
-def _write(
-    inspection: Inspection,
-    title: str,
-    notes: Sequence[str],
-    folder: Path,
-    pictures: Mapping[str, Tensor],
+def _tell(
+    inspection: Inspection, notes: Sequence[str], folder: Path, pictures: Mapping[str, Tensor]
 ) -> None:
     """Print the page; write it, its figures, and fitted anchors, to the folder."""
-    report, made = inspection.report, [f"{name}.png" for name in pictures]
-    found, sections = [*findings(report), *notes], page_sections(report)
+    report = inspection.report
+    title, sections = page_title(report), page_sections(report)
+    found = [*findings(report), *notes]
     print(plain_page(title, found, sections))
+    write_json(folder / "inspect.json", report_mapping(report))
     shown = {f"{name}.png": PICTURES[name] for name in pictures}
     write_text(folder / "inspect.md", markdown_page(title, found, sections, shown))
-    write_json(folder / "inspect.json", report_mapping(report))
     for name, picture in pictures.items():
         save_picture(picture, folder / f"{name}.png")
+    written = ["inspect.md", "inspect.json", *shown]
     if inspection.fit is not None:
         file = folder / "anchors_fitted.yaml"
-        comment = f"Fitted to {title}\nshort side {report.short_side} px, at most {report.max_side}"
-        write_text(file, anchors_yaml(inspection.fit.grid, comment))
-        print(f"\nuse them: rpn-train anchors={file} ...\nor {anchor_overrides(report)}")
-        made.append(file.name)
-    print(f"\nwritten to {folder}: inspect.md, inspect.json, {', '.join(made)}")
+        write_text(file, anchors_yaml(inspection.fit.grid, f"Fitted by rpn-inspect to {title}."))
+        print(f"\nto train with them: rpn-train anchors={file} ...")
+        written.append(file.name)
+    print(f"\nwritten to {folder}: {', '.join(written)}")

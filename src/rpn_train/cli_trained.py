@@ -210,7 +210,7 @@ def _split(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not (equals and key in names):
-            typed.append(readable(argument))
+            typed += readable([argument])
         elif key in own:
             raise ConfigError(f"{key}: expected once, got it several times")
         else:

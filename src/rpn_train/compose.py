@@ -4,11 +4,13 @@ No Hydra or OmegaConf object goes further than this module.
 """
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -27,7 +29,33 @@ if not CONFIGS.is_dir():
     CONFIGS = Path(__file__).parents[2] / "configs"  # in the source tree
 
 
-def readable(argument: str) -> str:
+def readable(arguments: Sequence[str]) -> list[str]:
+    """What was typed, as Hydra's grammar reads it; for anchors=FILE.yaml the keys of the file."""
+    return [text for argument in arguments for text in _readable(argument)]
+
+
+def _readable(argument: str) -> list[str]:
+    key, _, value = argument.partition("=")
+    if key in groups() and value.endswith((".yaml", ".yml")):
+        return _of_file(key, Path(value).expanduser())
+    return [_quoted_path(argument)]
+
+
+def _of_file(group: str, path: Path) -> list[str]:
+    """The keys of a file like those in `configs/`, as if they had been typed."""
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{group}: expected a choice or a YAML file, got {path}: {reason}"
+        ) from error
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{group}: expected keys and values in {path}, got another file")
+    return [f"{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+
+
+def _quoted_path(argument: str) -> str:
     """A path with ~ expanded, in quotes where Hydra's grammar asks for them: a=b, (1), ü."""
     key, _, value = argument.partition("=")
     texts = {name for name, hint, *_ in walk(TrainConfig) if hint in (str, str | None)}

@@ -70,21 +70,27 @@ class Level:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """Fitted anchors, and group of objects -> what the given and the fitted ones reach."""
+    """Fitted anchors, and size of objects -> what the given and the fitted ones reach."""
 
     sizes: tuple[tuple[float, ...], ...]
     ratios: tuple[float, ...]
+    rounded: bool
     before: dict[str, Reach]
     after: dict[str, Reach]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All figures, plain. reach: kind of group -> group -> figures; see `object_groups`.
+    """All figures, plain.
 
-    small: short side of the image -> share of objects under `SMALL_PX` there.
+    source: root or format of the data set. ratios, fg_iou: of the anchors and of the method.
+    reach: kind of group -> group -> figures; see `object_groups`. small: short side of the image
+    -> share of objects under `SMALL_PX` there.
     """
 
+    split: str
+    source: str
+    backbone: str
     short_side: int
     max_side: int
     ratios: tuple[float, ...]
@@ -123,6 +129,7 @@ def inspect_split(
     views: Views,
     cfg: TrainConfig,
     *,
+    split: str,
     fit: bool,
     files_checked: int,
     files: dict[str, Fault],
@@ -130,6 +137,7 @@ def inspect_split(
     """Everything there is to say of a split before training.
 
     Args:
+        split: its name.
         fit: fit anchors to the objects, too.
         files_checked, files: of `file_faults`.
 
@@ -150,6 +158,9 @@ def inspect_split(
     ious = [level_ious(part, grid, level, border=cfg.method.border).amax(0) for level in levels]
     advice = image_size_advice(index, short_side=short_side, max_side=max_side, small_px=SMALL_PX)
     report = Report(
+        split=split,
+        source=cfg.dataset.root or cfg.dataset.format,
+        backbone=cfg.backbone.name,
         short_side=short_side,
         max_side=max_side,
         ratios=grid.ratios,
@@ -259,4 +270,4 @@ def _fit(objects: Objects, grid: AnchorGrid, cfg: TrainConfig) -> AnchorFit:
 
 def _fit_summary(fit: AnchorFit, groups: dict[str, Tensor], cfg: TrainConfig) -> FitSummary:
     before, after = _reach(fit.before, groups, cfg), _reach(fit.after, groups, cfg)
-    return FitSummary(fit.grid.sizes, fit.grid.ratios, before, after)
+    return FitSummary(fit.grid.sizes, fit.grid.ratios, fit.grid.rounded, before, after)

@@ -3,17 +3,20 @@
 Colours are those of Okabe and Ito (2008); what matters differs in line style or place, too.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rpn_train.charts import doublings, legend, log_px, mark, new_figure, unit
-from rpn_train.curves import LINES, figure_to_image
+from rpn_train.charts import doublings, legend, legend_above, log_px, mark, new_figure, unit
+from rpn_train.curves import LINES, REDDISH_PURPLE, figure_to_image
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.index import Index
-from rpn_train.data.transforms import resize
+from rpn_train.data.transforms import fit_size, resize
 from rpn_train.figures import (
     BLACK,
     BLUE,
@@ -33,6 +36,9 @@ from rpn_train.recall import SIZES
 
 BEST_IOU_BINS = 40
 FEWEST = 5  # objects in a bin of which a mean is drawn
+SIDE = "side of an object, sqrt(width x height), px after resizing"
+
+Floats = NDArray[np.float32]
 
 
 def inspection_figures(inspection: Inspection) -> dict[str, Tensor]:
@@ -55,16 +61,16 @@ def data_figure(inspection: Inspection) -> Figure:
     """Histograms of sides, of ratios and of objects per image, with the anchors marked."""
     objects, grid = inspection.objects, inspection.grid
     width, height = (side.numpy() for side in objects.width_height())
-    sides, areas = objects.sides().numpy(), objects.areas.numpy()
+    sides, areas = objects.sides().numpy().clip(1), objects.areas.numpy()
     figure, [(left, middle, right)] = new_figure(14, 4.2, 3)
     named = {name: limits for name, limits in SIZES.items() if name != "all"}
     groups = [sides[(areas >= low) & (areas < high)] for low, high in named.values()]
     colours = [unit(c) for c in (ORANGE, SKY_BLUE, BLUE)]
     labels = [f"{name}: {len(g):,}" for name, g in zip(named, groups, strict=True)]
     left.hist(groups, doublings(sides), stacked=True, color=colours, label=labels)
-    log_px(left, "side of an object, sqrt(width x height), px after resizing")
+    log_px(left, SIDE)
     ratios = (height / width).clip(1 / 16, 16)
-    middle.hist(ratios, np.geomspace(1 / 16, 16, 49), color=unit(SKY_BLUE), label="objects")
+    middle.hist(ratios, np.geomspace(1 / 16, 16, 49).tolist(), color=unit(SKY_BLUE))
     middle.set(xscale="log", xlabel="height / width of an object")
     middle.set_xticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     middle.minorticks_off()
@@ -76,13 +82,12 @@ def data_figure(inspection: Inspection) -> Figure:
         mark(middle, of.ratios, name, colour, style)
     most = int(inspection.per_image.max())
     step = max(1, -(-most // 40))
-    bins = np.arange(-0.5, most + step + 0.5, step)
-    right.hist(inspection.per_image, bins, color=unit(SKY_BLUE), label="images")
+    bins = np.arange(-0.5, most + step, step).tolist()
+    right.hist(inspection.per_image, bins, color=unit(SKY_BLUE))
     right.set(xlabel="objects in an image", ylabel="images")
     for axes in (left, middle):
         axes.set(ylabel="objects")
-    for axes in (left, middle, right):
-        legend(axes)
+        legend_above(axes)
     return figure
 
 
@@ -98,7 +103,7 @@ def best_iou_figure(inspection: Inspection) -> Figure:
     report, best = inspection.report, inspection.coverage.best_iou.numpy()
     everything = report.reach["area"]["all"]
     figure, [[axes]] = new_figure(9, 4.2, 1)
-    bins = np.linspace(0, 1, BEST_IOU_BINS + 1)
+    bins = np.linspace(0, 1, BEST_IOU_BINS + 1).tolist()
     kind = training_kinds(inspection)
     kinds = [
         (best[kind == 0], "untrained", VERMILLION),
@@ -125,56 +130,55 @@ def best_iou_figure(inspection: Inspection) -> Figure:
         xticks=np.linspace(0, 1, 11),
         title=f"{everything.num_objects:,} objects, mean best IoU {everything.mean_iou:.3f}",
     )
-    legend(axes)
+    legend(figure, axes, columns=4)
     return figure
 
 
 def reach_figure(inspection: Inspection) -> Figure:
     """Best IoU, and the share that reaches fg_iou, by side of the object: a line per level."""
     fg_iou = inspection.report.fg_iou
-    sides = inspection.objects.sides()[inspection.some].numpy()
+    sides = inspection.objects.sides()[inspection.some].numpy().clip(1)
     edges = doublings(sides)
     bins = np.digitize(sides, edges) - 1
-    counts = np.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1]
-    centres = np.sqrt(edges[1:] * edges[:-1])
-    figure, panels = new_figure(14, 5.2, 2, rows=2)
-    lines = [
-        (f"stride {s}", b.numpy())
-        for s, b in zip(inspection.grid.strides, inspection.level_best, strict=True)
-    ]
-    if len(lines) > 1:
-        lines.append(("all levels", inspection.level_best.amax(0).numpy()))
-    quantities = [
-        ("mean best IoU", lambda best: best),
-        (f"objects with IoU {fg_iou:g} or more, %", lambda best: 100.0 * (best >= fg_iou)),
-    ]
-    for (label, of), top, bottom in zip(quantities, *panels, strict=True):
-        for i, (name, best) in enumerate(lines):
-            sums = np.bincount(bins, of(best), minlength=len(counts))[: len(counts)]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                means = np.where(counts >= FEWEST, sums / counts, np.nan)
-            last = name == "all levels"
-            colour, dashes, marker = (GREY, (), "") if last else LINES[i % len(LINES)]
-            (line,) = top.plot(centres, means, marker, color=unit(colour), label=name)
-            line.set(
-                linestyle="-",
-                linewidth=6 if last else 1.8,
-                zorder=1 if last else 2,
-                alpha=0.6 if last else 1,
-                markersize=5,
-            )
-            line.set_dashes(dashes)
-        top.set(ylabel=label)
+    counts = np.bincount(bins, minlength=len(edges) - 1)
+    enough = np.flatnonzero(counts >= FEWEST)
+    centres = np.sqrt(np.multiply(edges[1:], edges[:-1]))[enough]
+    figure, rows = new_figure(14, 5.2, 2, rows=2)
+    quantities: dict[str, Callable[[Floats], Floats]] = {
+        "mean best IoU": lambda best: best,
+        f"share with IoU {fg_iou:g} or more": lambda best: (best >= fg_iou).astype(np.float32),
+    }
+    for (label, of), top, bottom in zip(quantities.items(), *rows, strict=True):
+        for name, best, style in _reach_lines(inspection):
+            means = np.bincount(bins, of(best), len(counts))[enough] / counts[enough]
+            seen = np.flatnonzero(means > 0).tolist()  # no marks along zero
+            top.plot(centres, means, label=name, markevery=seen, markersize=5, **style)
+        top.set(ylabel=label, ylim=(0, 1.02))
         top.grid(alpha=0.3)
         bottom.stairs(counts, edges, fill=True, color=unit(GREY))
         bottom.set(ylabel="objects")
-        log_px(bottom, "side of an object, sqrt(width x height), px after resizing")
-    panels[0][0].set(ylim=(0, 1.02))
-    panels[0][1].set(ylim=(0, 102))
-    panels[0][0].axhline(fg_iou, color="black", linewidth=1, linestyle=":")
-    handles = panels[0][0].lines[: len(lines)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, handlelength=4)
+        log_px(bottom, SIDE)
+    rows[0][0].axhline(fg_iou, color=unit(BLACK), linewidth=1, linestyle=":")
+    legend(figure, rows[0][0], columns=8)
     return figure
+
+
+def _reach_lines(inspection: Inspection) -> list[tuple[str, Floats, dict[str, Any]]]:
+    """Name, best IoUs [K] and look of each line."""
+    lines: list[tuple[str, Floats, dict[str, Any]]] = []
+    of_levels = inspection.level_best.numpy()
+    if len(of_levels) > 1:
+        look = {"color": unit(GREY), "linewidth": 6, "alpha": 0.6, "solid_capstyle": "round"}
+        lines.append(("all levels", of_levels.max(axis=0), look))
+    for i, (stride, best) in enumerate(zip(inspection.grid.strides, of_levels, strict=True)):
+        colour, dashes, marker = LINES[i % len(LINES)]
+        look = {"color": unit(colour), "linewidth": 1.8, "marker": marker, "dashes": dashes}
+        lines.append((f"stride {stride}", best, look))
+    if inspection.fit is not None:
+        fitted = inspection.fit.after.best_iou[inspection.some].numpy()
+        look = {"color": unit(REDDISH_PURPLE), "linewidth": 3, "dashes": (1, 1)}
+        lines.append(("fitted anchors, all levels", fitted, look))
+    return lines
 
 
 def montage(index: Index, read: ReadImage, count: int) -> Tensor:
@@ -188,7 +192,7 @@ def montage(index: Index, read: ReadImage, count: int) -> Tensor:
         stored = read(int(row))
         height, width = stored.shape[1:]
         scale = min(CELL_PX[0] / width, CELL_PX[1] / height)
-        size = (round(scale * height), round(scale * width))
+        size = fit_size((height, width), scale * min(height, width), max(CELL_PX))
         image, boxes = resize(stored, torch.from_numpy(index.boxes_xyxy(int(row))), size)
         ignored = torch.from_numpy(index.ignored(int(row)))
         nothing = torch.zeros(0, 4)

@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rpn_train.coverage import Reach
-from rpn_train.inspect_data import SMALL_PX, Level, Report
-from rpn_train.split_summary import OVER_BORDER_PX, Fault, Spread
-
-MANY = 0.1  # a share that is worth a line at the top
-SUSPICIOUS = 0.05  # of boxes over the border: more than careless drawing
+from rpn_train.inspect_data import SMALL_PX, FitSummary, Level, Report
+from rpn_train.inspect_findings import count, extent, findings, percent, untrained
+from rpn_train.split_summary import Spread
 
 
 @dataclass(frozen=True)
@@ -23,9 +21,12 @@ class Section:
     table: Sequence[Sequence[str]] = ()
 
 
-def findings(report: Report) -> list[str]:
-    """What is wrong, what cannot be reached, what to change: the worst first."""
-    return [*_wrong(report), *_reached(report), *_advice(report)]
+def page_title(report: Report) -> str:
+    """Which data, at which size, for which network."""
+    return (
+        f"{report.split} of {report.source} at {report.short_side} px (at most {report.max_side}), "
+        f"{report.backbone}"
+    )
 
 
 def page_sections(report: Report) -> list[Section]:
@@ -70,89 +71,17 @@ def report_mapping(report: Report) -> dict[str, Any]:
     return {"findings": findings(report), **mapping}
 
 
-def _wrong(report: Report) -> Iterator[str]:
-    data = report.data
-    for reason, fault in data.left_out.items():
-        yield f"left out: {_fault(reason, fault)}"
-    for reason, fault in data.files.items():
-        yield f"of {data.files_checked:,} image files looked at: {_fault(reason, fault)}"
-    if data.over_border:
-        share = data.over_border / data.objects
-        doubt = "; are they x, y, width, height?" if share > SUSPICIOUS else ""
-        yield (
-            f"{_count(data.over_border, 'box')} ({_percent(share)}) cut at the border of the "
-            f"image, over which they reach by more than {OVER_BORDER_PX:g} px{doubt}"
-        )
-    if data.repeated:
-        yield f"{_count(data.repeated, 'object')} with the very box of another of the same image"
-    if not data.objects:
-        yield "there is no object"
-
-
-def _reached(report: Report) -> Iterator[str]:
-    everything = report.reach["area"]["all"]
-    if not everything.num_objects:
-        return
-    yield (
-        f"{_percent(everything.reached)} of the objects reach IoU {report.fg_iou:g} with an anchor, "
-        f""
-        f"{_percent(everything.forced)} train only through their best one, "
-        f"{_percent(_untrained(everything))} not at all"
-    )
-    sides = report.reach["side"]
-    hard = [
-        (name, group)
-        for name, group in sides.items()
-        if group.num_objects > MANY * everything.num_objects
-        and group.recall_iou50 < everything.recall_iou50 - MANY
-    ]
-    for name, group in hard:
-        yield (
-            f"of the {group.num_objects:,} objects of {name} only {_percent(group.recall_iou50)} "
-            f"have an anchor of IoU 0.5 (of all {_percent(everything.recall_iou50)})"
-        )
-
-
-def _advice(report: Report) -> Iterator[str]:
-    now, *larger = report.small.items()
-    if now[1] > MANY:
-        shares = ", ".join(f"{_percent(share)} at {side} px" for side, share in larger)
-        yield (
-            f"{_percent(now[1])} of the objects are under {SMALL_PX:g} px after resizing to a "
-            f"short side of {now[0]} px; {shares}"
-        )
-    unused = [f"{size:g} px {_ratio(ratio)} on {x.stride}" for x, size, ratio in _unused(report)]
-    if unused:
-        listed = ", ".join(unused[:4]) + ", ..." * (len(unused) > 4)
-        yield f"{_count(len(unused), 'anchor')} of a cell best for no object: {listed}"
-    for level in report.levels:
-        if level.out_of_sight and level.field_px is not None:
-            yield (
-                f"stride {level.stride}: {_count(len(level.out_of_sight), 'anchor')} larger than "
-                f"the {_extent(level.field_px)} px that a cell sees, up to "
-                f"{_extent(max(level.out_of_sight, key=max))} px (height x width)"
-            )
-    if report.fit is not None:
-        before, after = report.fit.before["all"], report.fit.after["all"]
-        yield (
-            f"fitted anchors raise the mean best IoU from {before.mean_iou:.3f} to "
-            f"{after.mean_iou:.3f}, best possible recall at IoU 0.7 from "
-            f"{_percent(before.recall_iou70)} to {_percent(after.recall_iou70)}"
-        )
-
-
 def _data(report: Report) -> Section:
     data = report.data
     ignored = f", {data.ignored:,} to ignore (crowd, difficult)" if data.ignored else ""
     lines = [
-        f"{_count(data.images, 'image')}, {data.empty_images:,} without objects; "
-        f"{_count(data.objects, 'object')}{ignored}",
+        f"{count(data.images, 'image')}, {data.empty_images:,} without objects; "
+        f"{count(data.objects, 'object')}{ignored}",
     ]
     rows = [
-        ["objects per image", *_cells(data.objects_per_image, "g")],
-        ["side, px", *_cells(data.side_px, "g")],
+        ["objects per image", *_cells(data.objects_per_image, ".0f")],
+        ["side, px", *_cells(data.side_px, ".0f")],
         ["height / width", *_cells(data.ratio, ".2f")],
-        ["positive anchors per image", *_cells(report.positives.per_image, "g")],
     ]
     head = ["", "5 %", "25 %", "median", "75 %", "95 %", "most"]
     return Section("The data, resized as for training", lines, [head, *rows])
@@ -160,21 +89,26 @@ def _data(report: Report) -> Section:
 
 def _reach(report: Report) -> Section:
     positives, shares = report.positives, report.reach
+    per_image = positives.per_image
     lines = [
-        "positive: share of objects with an anchor of IoU "
-        f"{report.fg_iou:g}; forced: only their best anchors train; untrained: none",
-        f"in {_count(positives.images, 'image')}: more positive anchors than are sampled in "
-        f"{_percent(positives.above_sample)}, objects left without one "
-        f"{_percent(positives.objects_without)}",
+        f"shares of objects with such an anchor; below IoU {report.fg_iou:g} their best one alone",
+        "trains (forced), or none (untrained)",
     ]
+    if positives.images:
+        lines += [
+            f"positive anchors per image: {per_image.p5:.0f} to {per_image.p95:.0f} (5 to 95 %), "
+            f"median {per_image.median:.0f};",
+            f"of {count(positives.images, 'image')} {percent(positives.above_sample)} have more "
+            f"than are sampled; {percent(positives.objects_without)} of the objects have none",
+        ]
     total = shares["area"]["all"].num_objects
-    rows = [["", "objects", "share", *REACH_COLUMNS]]
+    rows = [["", "objects", "share", *_reach_columns(report)]]
     for kind, groups in shares.items():
         for name, group in groups.items():
             if group.num_objects:
                 label = f"ratio {name}" if kind == "ratio" else name
-                share = _percent(group.num_objects / total)
-                rows.append([label, f"{group.num_objects:,}", share, *_reach_cells(group)])
+                share = percent(group.num_objects / total)
+                rows.append([label, f"{group.num_objects:,}", share, *_reach_cells(report, group)])
     return Section("Reach of the anchors", lines, rows)
 
 
@@ -184,8 +118,9 @@ def _levels(report: Report) -> Section:
         *([str(x.stride), *_level_cells(x, len(report.ratios))] for x in report.levels),
     ]
     lines = [
-        "of side: of the objects best reached here, 5 to 95 %; sees: receptive field; px, "
-        "height x width",
+        "px, height x width; of side: of the objects best reached here, 5 to 95 %; sees: receptive "
+        "field;",
+        "in effect: square with 95 % of the gradient, within the image (effective=true)",
     ]
     return Section("Levels", lines, rows)
 
@@ -195,11 +130,11 @@ def _level_cells(level: Level, num_ratios: int) -> list[str]:
     mark = " !" if level.out_of_sight else ""
     return [
         " ".join(f"{size:g}" for size in level.sizes),
-        _extent(level.largest_anchor_px),
+        extent(level.largest_anchor_px),
         f"{level.best_for:,}",
         f"{side.p5:.0f} - {side.p95:.0f}" if level.best_for else "-",
         f"{len(level.unused)} of {anchors}",
-        "-" if level.field_px is None else _extent(level.field_px) + mark,
+        "-" if level.field_px is None else extent(level.field_px) + mark,
         "-" if level.effective_px is None else str(level.effective_px),
     ]
 
@@ -207,73 +142,44 @@ def _level_cells(level: Level, num_ratios: int) -> list[str]:
 def _image_size(report: Report) -> Section:
     rows = [
         ["short side, px", *map(str, report.small)],
-        [f"under {SMALL_PX:g} px", *map(_percent, report.small.values())],
+        [f"under {SMALL_PX:g} px", *map(percent, report.small.values())],
     ]
     return Section("Small objects by image size", (), rows)
 
 
 def _fit(report: Report) -> Section:
     assert report.fit is not None
-    rows = [["", "objects", *REACH_COLUMNS]]
+    rows = [["", "objects", *_reach_columns(report)]]
     for name, before in report.fit.before.items():
         if before.num_objects:
-            cells = _reach_cells(report.fit.after[name])
-            rows.append([name, f"{before.num_objects:,}", *_reach_cells(before)])
-            rows.append(["  fitted", "", *cells])
-    return Section("Fitted anchors", [anchor_overrides(report)], rows)
+            rows.append([name, f"{before.num_objects:,}", *_reach_cells(report, before)])
+            rows.append(["  fitted", "", *_reach_cells(report, report.fit.after[name])])
+    return Section("Fitted anchors", [_overrides(report.fit)], rows)
 
 
-def anchor_overrides(report: Report) -> str:
-    """The fitted anchors as they are typed to `rpn-train`."""
-    assert report.fit is not None
-    sizes = ",".join(f"[{','.join(f'{s:g}' for s in level)}]" for level in report.fit.sizes)
-    ratios = ",".join(f"{ratio:g}" for ratio in report.fit.ratios)
-    return f"anchors.sizes='[{sizes}]' anchors.ratios='[{ratios}]'"
+def _overrides(fit: FitSummary) -> str:
+    """Anchors as they are typed."""
+    sizes = ",".join(f"[{','.join(f'{size:g}' for size in level)}]" for level in fit.sizes)
+    ratios = ",".join(f"{ratio:g}" for ratio in fit.ratios)
+    rounded = "" if fit.rounded else " anchors.rounded=false"
+    return f"anchors.sizes='[{sizes}]' anchors.ratios='[{ratios}]'{rounded}"
 
 
-REACH_COLUMNS = ("mean IoU", "IoU .5", "IoU .7", "positive", "forced", "untrained")
+def _reach_columns(report: Report) -> list[str]:
+    thresholds = [f"IoU .{name}" for name in ("5", "7")]
+    own = [] if report.fg_iou in (0.5, 0.7) else [f"IoU {report.fg_iou:g}"]
+    return ["mean IoU", *thresholds, *own, "forced", "untrained"]
 
 
-def _reach_cells(reach: Reach) -> list[str]:
-    shares = (reach.recall_iou50, reach.recall_iou70, reach.reached, reach.forced)
-    return [f"{reach.mean_iou:.3f}", *map(_percent, shares), _percent(_untrained(reach))]
-
-
-def _untrained(reach: Reach) -> float:
-    return max(0.0, 1 - reach.reached - reach.forced)
-
-
-def _unused(report: Report) -> list[tuple[Level, float, float]]:
-    return [(level, *shape) for level in report.levels for shape in level.unused]
-
-
-def _fault(reason: str, fault: Fault) -> str:
-    return f"{fault.count:,} x {reason}, first {fault.first}"
+def _reach_cells(report: Report, reach: Reach) -> list[str]:
+    own = [] if report.fg_iou in (0.5, 0.7) else [reach.reached]
+    shares = [reach.recall_iou50, reach.recall_iou70, *own, reach.forced, untrained(reach)]
+    return [f"{reach.mean_iou:.3f}", *map(percent, shares)]
 
 
 def _cells(spread: Spread, form: str) -> list[str]:
-    form = ".0f" if form == "g" else form
-    return [f"{value:{form}}" for value in dataclasses.astuple(spread)]
-
-
-def _count(number: int, what: str) -> str:
-    plural = "boxes" if what == "box" else f"{what}s"
-    return f"{number:,} {what if number == 1 else plural}"
-
-
-def _extent(size: tuple[float, float]) -> str:
-    height, width = size
-    if max(size) == math.inf:
-        return "image"
-    return f"{height:.0f} x {width:.0f}"
-
-
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.2g}:1"
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+    values = dataclasses.astuple(spread)
+    return ["-" if math.isnan(value) else f"{value:{form}}" for value in values]
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:

@@ -46,7 +46,7 @@ def levels_figure(inspection: Inspection) -> Figure:
                 y,
                 "|",
                 color=unit(VERMILLION),
-                markersize=22,
+                markersize=16,
                 markeredgewidth=3,
                 label="receptive field",
             )
@@ -63,7 +63,7 @@ def levels_figure(inspection: Inspection) -> Figure:
     axes.set(ylim=(len(levels) - 0.4, -0.6))
     axes.grid(alpha=0.3, axis="x")
     log_px(axes, "longer side, px after resizing")
-    legend(axes)
+    legend(figure, axes, columns=4)
     return figure
 
 
@@ -76,8 +76,8 @@ def effective_figure(inspection: Inspection) -> Figure:
         row, column = field.centre
         height, width = field.heat.shape
         axes.imshow(
-            field.heat / field.heat.max(),
-            cmap="cividis",
+            field.heat.numpy(),
+            cmap="Greys",
             norm=PowerNorm(0.4),
             extent=(-column, width - column, height - row, -row),
         )
@@ -85,7 +85,7 @@ def effective_figure(inspection: Inspection) -> Figure:
         squares = [("in effect", (float(side), float(side)), ORANGE, "-")]
         if level.field_px is not None and max(level.field_px) < math.inf:
             squares.append(("in theory", level.field_px, VERMILLION, "--"))
-        squares.append(("largest anchor", level.largest_anchor_px, BLACK, ":"))
+        squares.append(("largest anchor", level.largest_anchor_px, BLUE, ":"))
         for label, (h, w), colour, style in squares:
             axes.add_patch(
                 Rectangle(
@@ -106,6 +106,5 @@ def effective_figure(inspection: Inspection) -> Figure:
             title=f"stride {level.stride}",
             xlabel="px from the cell",
         )
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    legend(figure, panels[0], columns=3)
     return figure

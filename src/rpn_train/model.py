@@ -157,8 +157,11 @@ class RPN(nn.Module):
 
 
 def _counts_slots(device: torch.device) -> bool:
-    """Whether shapes may depend on the data. A GPU would be waited for to learn them."""
-    return device.type == "cpu"
+    """Whether shapes may depend on the data.
+
+    A GPU would be waited for to learn them, and a compiled network be compiled again for each.
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _slots_of(anchor: Tensor, start: int, end: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, eq=False)
 class Lateral:
-    """A map of a feature pyramid before it is computed: fine through a 1x1 convolution, plus coarse.
+    """A map of a feature pyramid not yet computed: fine through a 1x1 convolution, plus coarse.
 
     fine: [B, C, H, W]. inner: the convolution. coarse: [B, C', H / 2, W / 2].
     """
