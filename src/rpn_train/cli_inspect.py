@@ -174,20 +174,20 @@ def _views(model: RPN, index: Index, read: ReadImage, cfg: TrainConfig, effectiv
 def _tell(
     inspection: Inspection, notes: Sequence[str], folder: Path, pictures: Mapping[str, Tensor]
 ) -> None:
-    """Print the page; write it, its figures, and fitted anchors, to the folder."""
+    """Write the page, its figures, and fitted anchors, to the folder; then print the page."""
     report = inspection.report
     title, sections = page_title(report), page_sections(report)
     found = [*findings(report), *notes]
-    print(plain_page(title, found, sections))
     write_json(folder / "inspect.json", report_mapping(report))
     shown = {f"{name}.png": PICTURES[name] for name in pictures}
     write_text(folder / "inspect.md", markdown_page(title, found, sections, shown))
     for name, picture in pictures.items():
         save_picture(picture, folder / f"{name}.png")
     written = ["inspect.md", "inspect.json", *shown]
+    lines = [plain_page(title, found, sections), ""]
     if inspection.fit is not None:
         file = folder / "anchors_fitted.yaml"
         write_text(file, anchors_yaml(inspection.fit.grid, f"Fitted by rpn-inspect to {title}."))
-        print(f"\nto train with them: rpn-train anchors={file} ...")
+        lines.append(f"train with the fitted anchors: rpn-train anchors={file} ...")
         written.append(file.name)
-    print(f"\nwritten to {folder}: {', '.join(written)}")
+    print("\n".join([*lines, f"written to {folder}: {', '.join(written)}"]))

@@ -31,7 +31,7 @@ def page_title(report: Report) -> str:
 
 def page_sections(report: Report) -> list[Section]:
     """Everything but the findings."""
-    sections = [_data(report), _reach(report), _levels(report), _image_size(report)]
+    sections = [_data(report), _reach(report), _levels(report)]
     return sections if report.fit is None else [*sections, _fit(report)]
 
 
@@ -77,6 +77,8 @@ def _data(report: Report) -> Section:
     lines = [
         f"{count(data.images, 'image')}, {data.empty_images:,} without objects; "
         f"{count(data.objects, 'object')}{ignored}",
+        f"objects under {SMALL_PX:g} px at a short side of "
+        + ", ".join(f"{side} px: {percent(share)}" for side, share in report.small.items()),
     ]
     rows = [
         ["objects per image", *_cells(data.objects_per_image, ".0f")],
@@ -137,14 +139,6 @@ def _level_cells(level: Level, num_ratios: int) -> list[str]:
         "-" if level.field_px is None else extent(level.field_px) + mark,
         "-" if level.effective_px is None else str(level.effective_px),
     ]
-
-
-def _image_size(report: Report) -> Section:
-    rows = [
-        ["short side, px", *map(str, report.small)],
-        [f"under {SMALL_PX:g} px", *map(percent, report.small.values())],
-    ]
-    return Section("Small objects by image size", (), rows)
 
 
 def _fit(report: Report) -> Section:

@@ -4,14 +4,16 @@ import math
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
-from rpn_train.anchors import cell_anchors
+from rpn_train.anchors import AnchorGrid, cell_anchors
 from rpn_train.charts import legend, log_px, new_figure, unit
 from rpn_train.figures import BLACK, BLUE, ORANGE, SKY_BLUE, VERMILLION
-from rpn_train.inspect_data import Inspection
+from rpn_train.inspect_data import Inspection, Level
 
 
 def levels_figure(inspection: Inspection) -> Figure:
@@ -23,48 +25,52 @@ def levels_figure(inspection: Inspection) -> Figure:
     levels = inspection.report.levels
     figure, [[axes]] = new_figure(11, 1.6 + 0.55 * len(levels), 1)
     for y, level in enumerate(levels):
-        served = length[level_of.numpy() == y]
-        if len(served):
-            low, high = np.percentile(served, [5, 95])
-            axes.plot(
-                [low, high],
-                [y, y],
-                color=unit(SKY_BLUE),
-                linewidth=12,
-                alpha=0.6,
-                solid_capstyle="butt",
-                label="objects best reached here, 5 to 95 %",
-            )
-        cells = cell_anchors(level.sizes, inspection.grid.ratios, inspection.grid.rounded)
-        longest = (cells[:, 2:] - cells[:, :2]).amax(1).tolist()
-        axes.plot(
-            longest, [y] * len(longest), "o", color=unit(BLACK), markersize=6, label="anchors"
-        )
-        if level.field_px is not None and max(level.field_px) < math.inf:
-            axes.plot(
-                max(level.field_px),
-                y,
-                "|",
-                color=unit(VERMILLION),
-                markersize=16,
-                markeredgewidth=3,
-                label="receptive field",
-            )
-        if level.effective_px is not None:
-            axes.plot(
-                level.effective_px,
-                y,
-                "d",
-                color=unit(BLUE),
-                markersize=9,
-                label="receptive field in effect (95 % of the gradient)",
-            )
+        _draw_level(axes, y, level, length[level_of.numpy() == y], inspection.grid)
     axes.set_yticks(range(len(levels)), [f"stride {level.stride}" for level in levels])
     axes.set(ylim=(len(levels) - 0.4, -0.6))
     axes.grid(alpha=0.3, axis="x")
     log_px(axes, "longer side, px after resizing")
     legend(figure, axes, columns=4)
     return figure
+
+
+def _draw_level(
+    axes: Axes, y: int, level: Level, served: NDArray[np.float32], grid: AnchorGrid
+) -> None:
+    """A row: the objects [n] that a level serves by their longer sides, its anchors and fields."""
+    if len(served):
+        low, high = np.percentile(served, [5, 95])
+        axes.plot(
+            [low, high],
+            [y, y],
+            color=unit(SKY_BLUE),
+            linewidth=12,
+            alpha=0.6,
+            solid_capstyle="butt",
+            label="objects best reached here, 5 to 95 %",
+        )
+    cells = cell_anchors(level.sizes, grid.ratios, grid.rounded)
+    longest = (cells[:, 2:] - cells[:, :2]).amax(1).tolist()
+    axes.plot(longest, [y] * len(longest), "o", color=unit(BLACK), markersize=6, label="anchors")
+    if level.field_px is not None and max(level.field_px) < math.inf:
+        axes.plot(
+            max(level.field_px),
+            y,
+            "|",
+            color=unit(VERMILLION),
+            markersize=16,
+            markeredgewidth=3,
+            label="receptive field",
+        )
+    if level.effective_px is not None:
+        axes.plot(
+            level.effective_px,
+            y,
+            "d",
+            color=unit(BLUE),
+            markersize=9,
+            label="receptive field in effect (95 % of the gradient)",
+        )
 
 
 def effective_figure(inspection: Inspection) -> Figure:
