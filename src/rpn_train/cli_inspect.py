@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from rpn_train.build import build_model, open_split
-from rpn_train.cli_trained import _configured
+from rpn_train.cli_trained import configured
 from rpn_train.compose import compose, parse, readable
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
@@ -130,7 +130,7 @@ def _network(own: InspectArguments, typed: Sequence[str]) -> tuple[TrainConfig, 
         weights = cfg.backbone.weights if own.effective else None
         model = build_model(replace(cfg, backbone=replace(cfg.backbone, weights=weights)))
     else:
-        cfg = _configured(source, typed)
+        cfg = configured(source, typed)
         model = trained_model(cfg, source)
     if cfg.output_dir is not None:
         return cfg, model, Path(cfg.output_dir)

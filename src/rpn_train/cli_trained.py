@@ -141,7 +141,7 @@ def _eval(arguments: Sequence[str]) -> int:
         score_files(cfg, files, folder)
         return 0
     source = find_pretrained(own.checkpoint)
-    cfg = _configured(source, typed)
+    cfg = configured(source, typed)
     if not launched() and (processes := num_processes(cfg)) > 1:
         return launch("eval", arguments, processes)
     folder = Path(cfg.output_dir) if cfg.output_dir else source.folder
@@ -166,7 +166,7 @@ def _propose(arguments: Sequence[str]) -> int:
         which = "train" if own.split == "train" else "test"
         typed += [f"proposals.{which}.post_nms={own.top}", f"eval.max_proposals=[{own.top}]"]
     source = find_pretrained(own.checkpoint)
-    cfg = _configured(source, typed, needs_data=own.images is None)
+    cfg = configured(source, typed, needs_data=own.images is None)
     output = Path(own.output).expanduser()
     draw = Path(own.draw).expanduser() if own.draw else None
     if not launched() and (processes := num_processes(cfg)) > 1:
@@ -185,7 +185,7 @@ def _export(arguments: Sequence[str]) -> int:
     if own.checkpoint is None or own.output is None:
         raise ConfigError("expected checkpoint=WHERE and output=FILE; rpn-export --help says more")
     source = find_pretrained(own.checkpoint)
-    cfg = _configured(source, typed, needs_data=False)
+    cfg = configured(source, typed, needs_data=False)
     output = Path(own.output).expanduser()
     make_folder(output.parent)
     export_network(trained_model(cfg, source), cfg, output, step=source.step)
@@ -193,7 +193,7 @@ def _export(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _configured(source: Pretrained, typed: Sequence[str], needs_data: bool = True) -> TrainConfig:
+def configured(source: Pretrained, typed: Sequence[str], needs_data: bool = True) -> TrainConfig:
     """The configuration of a network, under what was typed."""
     overrides = parse(typed)
     if needs_data and not source.brings_data and not any(t.startswith("dataset") for t in typed):

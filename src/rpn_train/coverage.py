@@ -119,7 +119,7 @@ def resized_objects(index: Index, *, short_side: int, max_side: int, divisor: in
     sizes = [fit_size((h, w), short_side, max_side) for h, w in index.sizes.tolist()]
     canvases = [canvas_of([size], divisor) for size in sizes]
     resized = torch.tensor(sizes)
-    factors = (resized.double() / torch.from_numpy(index.sizes)).float().flip(1).repeat(1, 2)
+    factors = (resized.double() / torch.tensor(index.sizes)).float().flip(1).repeat(1, 2)
     counted = ~index.ignore
     images = np.repeat(np.arange(len(index)), np.diff(index.box_offsets))
     image = torch.from_numpy(images[counted])
