@@ -153,7 +153,10 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_the_reason(tmp_path: 
             children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
             break
-    _, fault = run.communicate(timeout=60)
+    try:
+        _, fault = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == 2
     assert fault.startswith("error: a loader process ended: DataLoader worker (pid")
     assert fault.count("\n") == 1

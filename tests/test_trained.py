@@ -137,7 +137,10 @@ def test_a_stop_half_way_leaves_no_half_file(
         time.sleep(0.05)
     assert started.poll() is None  # it was at work
     started.send_signal(signal_number)
-    _, said = started.communicate(timeout=60)
+    try:
+        _, said = started.communicate(timeout=60)
+    finally:
+        started.kill()
     assert started.returncode == 128 + signal_number
     assert "Traceback" not in said
     assert list(output.parent.iterdir()) == []

@@ -20,7 +20,6 @@ from rpn_train.propose import propose
 from rpn_train.run_folder import make_folder
 from rpn_train.scoring import score_files, score_network
 from rpn_train.shell import check_device, guarded, launch, num_processes
-from rpn_train.stop import end_on_sigterm
 
 _EVAL_USAGE = """\
 usage: rpn-eval checkpoint=WHERE [GROUP=CHOICE] [KEY=VALUE] ...
@@ -172,7 +171,7 @@ def _propose(arguments: Sequence[str]) -> int:
     if not launched() and (processes := num_processes(cfg)) > 1:
         return launch("propose", arguments, processes)
     make_folder(output.parent)
-    with end_on_sigterm(), start(cfg.device) as ranks:
+    with start(cfg.device) as ranks:
         propose(cfg, source, own.images, output, own.min_score, draw, ranks)
     return 0
 

@@ -22,6 +22,7 @@ from rpn_train.model import RPN
 from rpn_train.pretrained import Pretrained, trained_model
 from rpn_train.proposal_files import NamedProposals, check_output, write_proposals
 from rpn_train.recall_report import save_picture
+from rpn_train.stop import stop_on_signals
 
 
 def propose(
@@ -100,8 +101,11 @@ def named_proposals(
     lowest = logit(min_score)
     total = sum(len(batch) for batch in batches.batches)
     hide = None if ranks.is_main else True  # None: where there is no terminal
-    with closing(propose_split(model, batches, cfg, ranks.device)) as found:
+    proposing = closing(propose_split(model, batches, cfg, ranks.device))
+    with proposing as found, stop_on_signals() as stop:
         for image in tqdm(found, total=total, unit="image", disable=hide):
+            if stop.signal is not None:  # not from the signal's handler: it may be in a destructor
+                raise SystemExit(128 + stop.signal)
             keep = image.logits >= lowest
             boxes, logits = image.boxes[keep], image.logits[keep]
             name = index.file_name(image.row)

@@ -37,20 +37,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def end_on_sigterm() -> Iterator[None]:
-    """SIGTERM as an exception, which ends the process once what is half done is cleaned up."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def leave_signals_to_parent(worker: int) -> None:
     """In a loader process: its parent decides when to stop, whoever else the signal reached.
 
