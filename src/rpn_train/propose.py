@@ -104,7 +104,7 @@ def named_proposals(
     proposing = closing(propose_split(model, batches, cfg, ranks.device))
     with proposing as found, stop_on_signals() as stop:
         for image in tqdm(found, total=total, unit="image", disable=hide):
-            if stop.signal is not None:  # not from the signal's handler: it may be in a destructor
+            if stop.signal is not None:  # the file in the making is removed on the way out
                 raise SystemExit(128 + stop.signal)
             keep = image.logits >= lowest
             boxes, logits = image.boxes[keep], image.logits[keep]
