@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rpn_train"
 
 # A module imports only from what stands before it.
 ORDER = [
-    *["errors", "options", "stop"],
+    *["errors", "options", "stop", "whole_file"],
     *["boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals", "recall"],
     *["weights", "norms", "timm_body", "sparse", "backbones", "model", "detectors"],
     *["data.index", "data.coco", "data.voc", "data.shapes", "data.files", "data.index_cache"],
@@ -32,7 +32,7 @@ CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposa
 HOMES = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},
-    "yaml": {"cli", "cli_trained", "cli_inspect", "compose", "run_log"},
+    "yaml": {"cli", "cli_trained", "compose", "run_log"},
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
     "tensorboard": {"run_log"},

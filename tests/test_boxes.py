@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.ops import generalized_box_iou_loss
 
-from rpn_train.boxes import clip, decode, encode, generalized_iou, intersection_over_anchor
+from rpn_train.boxes import clip, decode, encode, generalized_iou
 
 ANCHOR = torch.tensor([0.0, 0, 10, 20])  # centre (5, 10), 10 x 20 px
 
@@ -71,11 +71,3 @@ def test_generalized_iou_and_its_gradient_are_torchvisions():
     weights = torch.linspace(1, 2, 50)
     (gradient,) = torch.autograd.grad(ours, boxes, -weights)
     assert_close(gradient, torch.autograd.grad(theirs, boxes, weights)[0])
-
-
-def test_intersection_over_anchor():
-    anchors = torch.tensor([[0.0, 0, 10, 20], [8, 0, 12, 4], [-5, -5, 5, 5]])
-    regions = torch.tensor([[0.0, 0, 10, 10], [10, 0, 11, 4], [-9, -9, 90, 90]])
-    expected = [[100 / 200, 8 / 16, 25 / 100], [0, 4 / 16, 0], [1, 1, 1]]
-    assert_close(intersection_over_anchor(anchors, regions), torch.tensor(expected))
-    assert intersection_over_anchor(anchors, torch.zeros(0, 4)).shape == (0, 3)

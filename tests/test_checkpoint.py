@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rpn_train import checkpoint
+from rpn_train import checkpoint, whole_file
 from rpn_train.errors import CheckpointError
 
 
@@ -84,7 +84,7 @@ def test_the_file_is_on_the_disk_before_it_takes_the_place(
 ) -> None:
     """Else a power cut could leave an empty file under the right name."""
     events: list[str] = []
-    synced, replaced = checkpoint.os.fsync, checkpoint.os.replace
+    synced, replaced = whole_file.os.fsync, whole_file.os.replace
     monkeypatch.setattr(checkpoint.os, "fsync", lambda f: (events.append("fsync"), synced(f)))
     monkeypatch.setattr(
         checkpoint.os, "replace", lambda a, b: (events.append("replace"), replaced(a, b))

@@ -21,7 +21,6 @@ from rpn_train.coverage import (
     object_groups,
     reach,
     resized_objects,
-    served_sides,
     shape_use,
 )
 from rpn_train.data.index import build_index
@@ -250,7 +249,7 @@ def test_a_split_without_objects():
     objects = make_objects([((30, 40), (32, 64), [])])
     coverage = object_coverage(objects, FPN, border="use")
     assert coverage.best_iou.shape == coverage.best_shape.shape == (0,)
-    assert served_sides(objects, coverage, FPN).sum() == 0
+    assert {use.best_for for use in shape_use(coverage, FPN)} == {0}
     positives = count_positives(objects, FPN, num_images=5, **RULE)
     assert positives.per_image.tolist() == [0]
     assert positives.per_object.tolist() == positives.objects.tolist() == []
@@ -289,10 +288,7 @@ def test_groups_by_hand():
 def test_who_serves_whom():
     grid = AnchorGrid(((8.0, 12.0), (40.0, 50.0)), (1.0, 2.0), (4, 16), True)
     coverage = Coverage(torch.ones(5), torch.tensor([0, 7, 7, 3, -1]), grid.per_cell)
-    boxes = [(0, 0, side, side) for side in (8, 600, 20, 9, 9)]
-    served = served_sides(make_objects([((600, 600), (608, 608), boxes)]), coverage, grid)
     # the fifth object is served by nobody
-    assert served.tolist() == [[0, 2, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 1]]
     assert shape_use(coverage, grid) == [
         ShapeUse(4, 8.0, 1.0, 1),
         ShapeUse(4, 12.0, 1.0, 0),

@@ -13,8 +13,8 @@ from PIL import Image
 from untrained import untrained_run
 
 from rpn_train.anchors import AnchorGrid
-from rpn_train.cli_inspect import PICTURES, InspectArguments, _inspect, own_arguments
-from rpn_train.compose import compose
+from rpn_train.cli_inspect import PICTURES, InspectArguments, _inspect
+from rpn_train.compose import compose, own_arguments
 from rpn_train.config import AnchorsConfig, ImageConfig, TrainConfig
 from rpn_train.data.coco import read_coco
 from rpn_train.inspect_data import inspect_split

@@ -1,6 +1,7 @@
 """rpn-eval and rpn-propose: what is written and scored is what is scored directly."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,7 +118,9 @@ def test_two_processes_write_the_file_of_one(run: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
     typed = [f"checkpoint={run}", "dataset.shapes.val_images=7", "eval.batch_size=2"]
     assert guarded(_propose, [*typed, f"output={one}"]) == 0
-    subprocess.run(command("propose", *typed, f"output={two}", "devices=2"), check=True)
+    same_threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    words = command("propose", *typed, f"output={two}", "devices=2")
+    subprocess.run(words, check=True, env=same_threads)
     assert two.read_bytes() == one.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"one.npz", "two.npz"}
 

@@ -9,7 +9,6 @@ from torchvision.ops import box_iou
 
 from rpn_train import overlaps, windows
 from rpn_train.anchors import AnchorGrid, grid_anchors
-from rpn_train.boxes import intersection_over_anchor
 from rpn_train.targets import assign, assign_dense
 from rpn_train.windows import grid_shapes, nearest_anchors, window_pairs
 
@@ -119,8 +118,11 @@ def test_arithmetic_is_that_of_torchvision():
     iou = box_iou(boxes, anchors)
     assert 0.05 < (iou > 0).float().mean() < 0.95
     assert torch.equal(overlaps._iou(boxes[:, None], anchors), iou)
-    share = overlaps._shared_area(boxes[:, None], anchors) / overlaps._area(anchors)
-    assert torch.equal(share, intersection_over_anchor(anchors, boxes))
+    # 10 x 20 px, of which 10 x 10, nothing, and all
+    anchor = torch.tensor([0.0, 0, 10, 20])
+    crowds = torch.tensor([[0.0, 0, 10, 10], [10, 0, 11, 4], [-9, -9, 90, 90]])
+    shared = overlaps._shared_area(crowds, anchor) / overlaps._area(anchor)
+    assert shared.tolist() == [0.5, 0.0, 1.0]
 
 
 def shared_areas(boxes, anchors):

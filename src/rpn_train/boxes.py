@@ -69,15 +69,6 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return inter / union - (hull - union) / hull
 
 
-def intersection_over_anchor(anchors: Tensor, regions: Tensor) -> Tensor:
-    """Share of each anchor's area that lies in each region: [R, 4], [G, 4] -> [G, R]."""
-    inter = _area(
-        torch.maximum(regions[:, None, :2], anchors[None, :, :2]),
-        torch.minimum(regions[:, None, 2:], anchors[None, :, 2:]),
-    )  # [G, R]
-    return inter / _area(anchors[:, :2], anchors[:, 2:])
-
-
 def _area(upper_left: Tensor, lower_right: Tensor) -> Tensor:
     """Area between two corners [..., 2] -> [...]; 0 where they have changed places."""
     width, height = (lower_right - upper_left).clamp(min=0).unbind(-1)

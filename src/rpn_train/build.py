@@ -8,7 +8,7 @@ import torch
 
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import build_backbone
-from rpn_train.config import DatasetConfig, SplitConfig, TrainConfig
+from rpn_train.config import DatasetConfig, MethodConfig, SplitConfig, TrainConfig
 from rpn_train.data.batch import EvalBatches, ReadImage
 from rpn_train.data.coco import read_coco
 from rpn_train.data.files import index_files
@@ -21,6 +21,7 @@ from rpn_train.data.voc import read_voc
 from rpn_train.distributed import Ranks
 from rpn_train.errors import ConfigError
 from rpn_train.model import RPN, RPNHead
+from rpn_train.targets import AssignmentRule
 
 
 def build_model(cfg: TrainConfig) -> RPN:
@@ -62,6 +63,18 @@ def anchor_grid(cfg: TrainConfig, strides: tuple[int, ...]) -> AnchorGrid:
             f"got {', '.join(map(str, given))}"
         )
     return AnchorGrid(sizes, cfg.anchors.ratios, strides, cfg.anchors.rounded)
+
+
+def assignment_rule(method: MethodConfig) -> AssignmentRule:
+    """How anchors become targets: the keywords of `assign`."""
+    return AssignmentRule(
+        fg_iou=method.fg_iou,
+        bg_iou=method.bg_iou,
+        force_best=method.force_best,
+        forced_min_iou=method.forced_min_iou,
+        ignore_ioa=method.ignore_ioa,
+        border=method.border,
+    )
 
 
 def open_split(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rpn_train.errors import CheckpointError
+from rpn_train.whole_file import replacing
 
 FORMAT = 1
 _KEYS = {"format", "config", "step", "evaluated", "best_ar_100", "history"}
@@ -26,16 +27,11 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
         CheckpointError: it cannot be written, for want of room perhaps. Those of before stay.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _keep_older(path, keep)
-        os.replace(temporary, path)
+            _keep_older(path, keep)
     except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
-        temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be written ({reason}); what was saved before is intact: make room and "

@@ -1,19 +1,17 @@
 """The command `rpn-inspect`."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
 import torch
-import yaml
 from torch import Tensor
 
 from rpn_train.build import build_model, open_split
 from rpn_train.cli_trained import configured
-from rpn_train.compose import compose, parse, readable
+from rpn_train.compose import compose, own_arguments, parse
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.index import Index
@@ -98,10 +96,11 @@ def _inspect(arguments: Sequence[str]) -> int:
     index, read = open_split(cfg.dataset, own.split, cfg.seed, need_images=False)
     make_folder(folder)
     rows = spaced(len(index), 0 if cfg.dataset.format == "shapes" else own.files)
+    views, notes = _views(model, index, read, cfg, own.effective)
     inspection = inspect_split(
         index,
         model.grid,
-        _views(model, index, read, cfg, own.effective),
+        views,
         cfg,
         split=own.split,
         fit=own.fit,
@@ -109,12 +108,11 @@ def _inspect(arguments: Sequence[str]) -> int:
         files=file_faults(index, rows),
     )
     pictures = inspection_figures(inspection)
-    notes = []
     try:
         if own.pictures:
             pictures["montage"] = montage(index, read, own.pictures)
     except DataError as error:  # annotations alone are enough for all the rest
-        notes = [f"montage.png is not drawn: {error}"]
+        notes.append(f"montage.png is not drawn: {error}")
     _tell(inspection, notes, folder, pictures)
     return 0
 
@@ -141,34 +139,20 @@ def _network(own: InspectArguments, typed: Sequence[str]) -> tuple[TrainConfig, 
     return cfg, model, Path(f"{name}_{own.split}_inspect")
 
 
-def own_arguments(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
-    """The arguments that only this command understands, checked, and the others."""
-    hints = get_type_hints(kind)
-    own: dict[str, Any] = {}
-    typed = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not (equals and key in hints):
-            typed += readable([argument])
-        elif key in own:
-            raise ConfigError(f"{key}: expected once, got it several times")
-        else:
-            number = hints[key] not in (str, str | None) and re.fullmatch(r"[\w.+-]+", value)
-            own[key] = yaml.safe_load(value) if number else value
-    return from_mapping(kind, own), typed
-
-
-def _views(model: RPN, index: Index, read: ReadImage, cfg: TrainConfig, effective: bool) -> Views:
-    """What the cells see. A network with an operator that is not known is only measured."""
+def _views(
+    model: RPN, index: Index, read: ReadImage, cfg: TrainConfig, effective: bool
+) -> tuple[Views, list[str]]:
+    """What the cells see, and what there is to note of it."""
+    fields, measured, notes = None, None, []
     try:
         fields = receptive_fields(model)
-    except ConfigError:
-        fields = None
-    if not effective:
-        return Views(fields, None)
-    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    model.to("cuda" if on_gpu else "cpu")
-    return Views(fields, measured_fields(model, index, read, cfg))
+    except ConfigError as error:  # an operator that it does not know; measuring needs not to
+        notes.append(f"what cells see in theory is not known: {error}")
+    if effective:
+        on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+        model.to("cuda" if on_gpu else "cpu")
+        measured = measured_fields(model, index, read, cfg)
+    return Views(fields, measured), notes
 
 
 def _tell(

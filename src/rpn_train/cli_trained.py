@@ -3,13 +3,12 @@
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from rpn_train.compose import compose, lay_over, parse, readable
+from rpn_train.compose import compose, lay_over, own_arguments, parse
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import launched, start
 from rpn_train.errors import ConfigError
@@ -125,7 +124,7 @@ def _eval(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print(_EVAL_USAGE, end="")
         return 0
-    own, typed = _split(EvalArguments, arguments)
+    own, typed = own_arguments(EvalArguments, arguments)
     if (own.checkpoint is None) == (own.proposals is None):
         raise ConfigError(
             "expected checkpoint=WHERE or proposals=FILE, one of the two; rpn-eval --help says more"
@@ -154,7 +153,7 @@ def _propose(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print(_PROPOSE_USAGE, end="")
         return 0
-    own, typed = _split(ProposeArguments, arguments)
+    own, typed = own_arguments(ProposeArguments, arguments)
     if own.checkpoint is None or own.output is None:
         raise ConfigError("expected checkpoint=WHERE and output=FILE; rpn-propose --help says more")
     if own.split is not None:
@@ -180,7 +179,7 @@ def _export(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print(_EXPORT_USAGE, end="")
         return 0
-    own, typed = _split(ExportArguments, arguments)
+    own, typed = own_arguments(ExportArguments, arguments)
     if own.checkpoint is None or own.output is None:
         raise ConfigError("expected checkpoint=WHERE and output=FILE; rpn-export --help says more")
     source = find_pretrained(own.checkpoint)
@@ -200,23 +199,6 @@ def configured(source: Pretrained, typed: Sequence[str], needs_data: bool = True
     cfg = lay_over(source.config, overrides, typed)
     check_device(cfg)
     return cfg
-
-
-def _split(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
-    """The arguments that only this command understands, checked, and the others."""
-    names = {f.name for f in fields(kind)}
-    own, typed = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not (equals and key in names):
-            typed += readable([argument])
-        elif key in own:
-            raise ConfigError(f"{key}: expected once, got it several times")
-        else:
-            own[key] = value
-    numbers = {"top", "min_score", "nms"}
-    plain = {k: yaml.safe_load(v) if k in numbers else v for k, v in own.items()}
-    return from_mapping(kind, plain), typed
 
 
 def _named_files(text: str) -> dict[str, Path]:

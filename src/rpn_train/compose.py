@@ -6,9 +6,10 @@ No Hydra or OmegaConf object goes further than this module.
 import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -67,6 +68,23 @@ def _quoted_path(argument: str) -> str:
     except HydraException:
         value = quoted(value)
     return f"{key}={value}"
+
+
+def own_arguments(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """The arguments that only this command understands, checked, and the others."""
+    hints = get_type_hints(kind)
+    own: dict[str, Any] = {}
+    typed = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not (equals and key in hints):
+            typed += _readable(argument)
+        elif key in own:
+            raise ConfigError(f"{key}: expected once, got it several times")
+        else:
+            number = hints[key] not in (str, str | None) and re.fullmatch(r"[\w.+-]+", value)
+            own[key] = yaml.safe_load(value) if number else value
+    return from_mapping(kind, own), typed
 
 
 def quoted(text: str) -> str:

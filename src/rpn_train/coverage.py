@@ -237,15 +237,6 @@ def _bins(values: Tensor, bounds: tuple[float, ...], names: list[str]) -> dict[s
     return {label: bins == i for i, label in enumerate(labels)}
 
 
-def served_sides(objects: Objects, coverage: Coverage, grid: AnchorGrid) -> Tensor:
-    """Number of objects by level of their best anchor and side: int64 [L, len(SIDES) + 1]."""
-    width = len(SIDES) + 1
-    bins = torch.bucketize(objects.sides(), torch.tensor(SIDES), right=True)
-    level = torch.div(coverage.best_shape, coverage.per_cell, rounding_mode="floor")
-    cells = (level * width + bins)[level >= 0]
-    return cells.bincount(minlength=len(grid.strides) * width).view(-1, width)
-
-
 def shape_use(coverage: Coverage, grid: AnchorGrid) -> list[ShapeUse]:
     """All shapes of all levels, in the order of the anchors."""
     shapes = [

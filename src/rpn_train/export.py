@@ -7,7 +7,6 @@ of -inf where that drops rows; `test_export.py` holds the two together.
 
 import io
 import json
-import os
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from rpn_train.boxes import clip, decode
 from rpn_train.config import ProposalsConfig, TrainConfig
 from rpn_train.errors import ConfigError
 from rpn_train.model import RPN, normalize_images
+from rpn_train.whole_file import replacing
 
 # boxes [N, P, 4], logits [N, P], IoU -> bool [N, P]: what NMS within each row keeps
 Suppress = Callable[[Tensor, Tensor, float], Tensor]
@@ -82,12 +82,8 @@ def export_network(model: RPN, cfg: TrainConfig, path: Path, *, step: int | None
         raise ConfigError(
             f"backbone.name: {cfg.backbone.name} cannot be exported to {path.suffix}: {reason}"
         ) from error
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class ProposalNetwork(nn.Module):

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rpn_train.anchors import AnchorGrid, cell_anchors
+from rpn_train.build import assignment_rule
 from rpn_train.config import MethodConfig, TrainConfig
 from rpn_train.coverage import (
     Coverage,
@@ -27,7 +28,6 @@ from rpn_train.fit_anchors import AnchorFit, fit_anchors, image_size_advice
 from rpn_train.inspect_views import Views
 from rpn_train.receptive_field import larger_anchors
 from rpn_train.split_summary import Fault, SplitSummary, Spread, spread, summarize_split
-from rpn_train.targets import AssignmentRule
 
 SMALL_PX = 16.0  # under this an object is a few cells of the finest level
 POSITIVES_IMAGES = 500  # in which positive anchors are counted
@@ -209,14 +209,7 @@ def _positives(
     objects: Objects, grid: AnchorGrid, per_image: NDArray[np.int64], cfg: TrainConfig
 ) -> PositivesSummary:
     method = cfg.method
-    rule = AssignmentRule(
-        fg_iou=method.fg_iou,
-        bg_iou=method.bg_iou,
-        force_best=method.force_best,
-        forced_min_iou=method.forced_min_iou,
-        ignore_ioa=method.ignore_ioa,
-        border=method.border,
-    )
+    rule = assignment_rule(method)
     found = count_positives(objects, grid, num_images=POSITIVES_IMAGES, **rule)
     counts = found.per_image.numpy()[per_image[found.images.numpy()] > 0]
     most = int(method.num_samples * method.fg_fraction)

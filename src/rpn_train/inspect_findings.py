@@ -20,15 +20,18 @@ def findings(report: Report) -> list[str]:
 
 
 def untrained(reach: Reach) -> float:
+    """Share of the objects that no anchor is positive for."""
     return max(0.0, 1 - reach.reached - reach.forced)
 
 
 def count(number: int, what: str) -> str:
+    """'1 image', '2 images'."""
     plural = "boxes" if what == "box" else f"{what}s"
     return f"{number:,} {what if number == 1 else plural}"
 
 
 def extent(size: tuple[float, float]) -> str:
+    """Height x width, px; 'image' where there is no end."""
     height, width = size
     if max(size) == math.inf:
         return "image"
@@ -36,6 +39,7 @@ def extent(size: tuple[float, float]) -> str:
 
 
 def percent(share: float) -> str:
+    """A share 0..1; '-' where there is none."""
     return "-" if math.isnan(share) else f"{100 * share:.1f} %"
 
 

@@ -66,9 +66,8 @@ def markdown_page(
 
 
 def report_mapping(report: Report) -> dict[str, Any]:
-    """All figures and the findings, for JSON; null where a figure is undefined or infinite."""
-    mapping: dict[str, Any] = _finite(dataclasses.asdict(report))
-    return {"findings": findings(report), **mapping}
+    """All figures and the findings, plain."""
+    return {"findings": findings(report), **dataclasses.asdict(report)}
 
 
 def _data(report: Report) -> Section:
@@ -185,11 +184,3 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in table
     ]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

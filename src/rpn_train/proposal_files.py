@@ -28,13 +28,11 @@ score, in the order of the annotation file. Read only.
 """
 
 import io
-import os
 import pickle
 import shutil
 import zipfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -46,6 +44,7 @@ from numpy.typing import NDArray
 
 from rpn_train.errors import ConfigError, DataError
 from rpn_train.recall import boxes_to_xywh
+from rpn_train.whole_file import replacing
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +85,7 @@ def write_proposals(path: Path, images: Iterable[NamedProposals]) -> None:
     """
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         WRITERS[path.suffix](file, images)
 
 
@@ -96,21 +95,6 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"expected a file of proposals in {', '.join(WRITERS)}, got {path}")
     if path.is_dir():
         raise ConfigError(f"expected a file of proposals to write, got a folder at {path}")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write_json(file: IO[bytes], images: Iterable[NamedProposals]) -> None:

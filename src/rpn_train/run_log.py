@@ -6,7 +6,6 @@ lines of an uninterrupted one. What the clock and the machine say stands in `tim
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +17,8 @@ import yaml
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from rpn_train.whole_file import replacing
 
 Scalars = Mapping[str, float]
 
@@ -125,12 +126,8 @@ def truncate_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
@@ -139,13 +136,15 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all; NaN (no such object) becomes null."""
-    write_text(path, json.dumps(_without_nan(values), indent=2) + "\n")
+    """Write a JSON file whole or not at all; NaN (no such object) and infinity become null."""
+    write_text(path, json.dumps(_finite(values), indent=2) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
+from rpn_train.build import assignment_rule
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.data.index import Index
@@ -66,12 +67,7 @@ def batch_losses(
         batch.gt_valid,
         batch.gt_ignore,
         batch.sizes,
-        fg_iou=method.fg_iou,
-        bg_iou=method.bg_iou,
-        force_best=method.force_best,
-        forced_min_iou=method.forced_min_iou,
-        ignore_ioa=method.ignore_ioa,
-        border=method.border,
+        **assignment_rule(method),
     )
     picks = sample(
         assignment.labels,

@@ -72,20 +72,14 @@ def load_body(body: nn.ModuleDict, state: Mapping[str, Tensor], *, trunk: str, w
         raise CheckpointError(f"backbone.weights: cannot load {what}: {reasons}") from error
 
 
+_COUNTER = "num_batches_tracked"
+
+
 def norms_fit(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights for a module whose batch norms may be frozen where the others' were not, or not.
 
     They differ in a counter that nothing depends on: it is left out, or kept as the module has it.
     """
-    counters = {
-        key: value
-        for key, value in module.state_dict().items()
-        if key.endswith("num_batches_tracked") and key not in weights
-    }
-    known = module.state_dict().keys()
-    fitting = {
-        key: value
-        for key, value in weights.items()
-        if key in known or not key.endswith("num_batches_tracked")
-    }
-    return {**fitting, **counters}
+    known = module.state_dict()
+    fitting = {k: v for k, v in weights.items() if k in known or not k.endswith(_COUNTER)}
+    return {k: v for k, v in known.items() if k.endswith(_COUNTER)} | fitting
