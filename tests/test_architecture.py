@@ -20,9 +20,9 @@ ORDER = [
     *["run_log", "figures", "curves", "misses", "verify", "recall_report", "download"],
     *["proposal_files", "array_pickle", "coco_results", "read_proposals"],
     *["build", "pretrained", "evaluate", "run_state", "step", "report"],
-    *["receptive_field", "coverage", "fit_anchors"],
-    *["charts", "split_summary", "inspect_views", "inspect_data", "inspect_findings"],
-    *["inspect_page", "level_figures", "inspect_figures"],
+    *["inspect.receptive_field", "inspect.coverage", "inspect.fit_anchors", "inspect.charts"],
+    *["inspect.split_summary", "inspect.views", "inspect.inspection", "inspect.findings"],
+    *["inspect.page", "inspect.level_figures", "inspect.figures"],
     *["train", "proposer", "scoring", "propose", "export"],
     *["compose", "run_folder", "shell", "cli", "cli_trained", "cli_inspect", "__main__"],
 ]

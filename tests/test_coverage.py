@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
-from rpn_train.coverage import (
+from rpn_train.data.index import build_index
+from rpn_train.data.transforms import resize
+from rpn_train.inspect.coverage import (
     Coverage,
     Objects,
     ShapeUse,
@@ -23,8 +25,6 @@ from rpn_train.coverage import (
     resized_objects,
     shape_use,
 )
-from rpn_train.data.index import build_index
-from rpn_train.data.transforms import resize
 from rpn_train.targets import POSITIVE, assign
 
 CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ def test_many_images_in_chunks(monkeypatch):
     ]
     objects = make_objects(drawn)
     whole = object_coverage(objects, FPN, border="ignore")
-    monkeypatch.setattr("rpn_train.coverage.CHUNK", 5)
+    monkeypatch.setattr("rpn_train.inspect.coverage.CHUNK", 5)
     chunked = object_coverage(objects, FPN, border="ignore")
     assert torch.equal(whole.best_iou, chunked.best_iou)
     assert torch.equal(whole.best_shape, chunked.best_shape)

@@ -11,10 +11,10 @@ import yaml
 
 from rpn_train.anchors import AnchorGrid
 from rpn_train.config import AnchorsConfig
-from rpn_train.coverage import Objects, object_coverage, reach, resized_objects
 from rpn_train.data.index import build_index
 from rpn_train.errors import DataError
-from rpn_train.fit_anchors import (
+from rpn_train.inspect.coverage import Objects, object_coverage, reach, resized_objects
+from rpn_train.inspect.fit_anchors import (
     ALLOWED_LOSS,
     anchors_yaml,
     dimension_clusters,
@@ -100,7 +100,7 @@ def test_nothing_that_is_reported_gets_much_worse(border):
 def test_the_constraint_holds_back_the_mean(monkeypatch):
     """Without it the mean could rise further, at the cost of the recall at IoU 0.5."""
     held = figures(fit_anchors(broad(), GIVEN, **OPTIONS).after)
-    monkeypatch.setattr("rpn_train.fit_anchors.ALLOWED_LOSS", 1.0)
+    monkeypatch.setattr("rpn_train.inspect.fit_anchors.ALLOWED_LOSS", 1.0)
     free = figures(fit_anchors(broad(), GIVEN, **OPTIONS).after)
     assert free.mean_iou > held.mean_iou
     assert free.recall_iou50 < held.recall_iou50
@@ -108,7 +108,7 @@ def test_the_constraint_holds_back_the_mean(monkeypatch):
 
 def test_no_small_step_is_left(monkeypatch):
     """Where recall may fall, no size or ratio a little larger or smaller has a higher mean IoU."""
-    monkeypatch.setattr("rpn_train.fit_anchors.ALLOWED_LOSS", 1.0)
+    monkeypatch.setattr("rpn_train.inspect.fit_anchors.ALLOWED_LOSS", 1.0)
     objects = broad(400)
     grid = fit_anchors(objects, GIVEN, **OPTIONS).grid
     most = object_coverage(objects, grid, border="use").best_iou.mean()

@@ -17,13 +17,13 @@ from rpn_train.cli_inspect import PICTURES, InspectArguments, _inspect
 from rpn_train.compose import compose, own_arguments
 from rpn_train.config import AnchorsConfig, ImageConfig, TrainConfig
 from rpn_train.data.coco import read_coco
-from rpn_train.inspect_data import inspect_split
-from rpn_train.inspect_figures import best_iou_figure, reach_figure
-from rpn_train.inspect_views import Views
-from rpn_train.level_figures import levels_figure
+from rpn_train.inspect.figures import best_iou_figure, reach_figure
+from rpn_train.inspect.inspection import inspect_split
+from rpn_train.inspect.level_figures import levels_figure
+from rpn_train.inspect.split_summary import Fault, _dropped, file_faults
+from rpn_train.inspect.views import Views
 from rpn_train.options import from_mapping
 from rpn_train.shell import guarded
-from rpn_train.split_summary import Fault, _dropped, file_faults
 
 Run = Callable[..., tuple[int, str, str]]
 

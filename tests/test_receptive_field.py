@@ -12,8 +12,7 @@ from torchvision.ops import SqueezeExcitation
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import build_backbone
 from rpn_train.errors import ConfigError
-from rpn_train.model import RPN, RPNHead
-from rpn_train.receptive_field import (
+from rpn_train.inspect.receptive_field import (
     EffectiveField,
     ReceptiveField,
     dependence,
@@ -22,6 +21,7 @@ from rpn_train.receptive_field import (
     larger_anchors,
     receptive_fields,
 )
+from rpn_train.model import RPN, RPNHead
 
 
 def rpn(name, **options):

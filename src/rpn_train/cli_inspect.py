@@ -16,27 +16,27 @@ from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.index import Index
 from rpn_train.errors import ConfigError, DataError
-from rpn_train.fit_anchors import anchors_yaml
-from rpn_train.inspect_data import Inspection, inspect_split, spaced
-from rpn_train.inspect_figures import inspection_figures, montage
-from rpn_train.inspect_findings import findings
-from rpn_train.inspect_page import (
+from rpn_train.inspect.figures import inspection_figures, montage
+from rpn_train.inspect.findings import findings
+from rpn_train.inspect.fit_anchors import anchors_yaml
+from rpn_train.inspect.inspection import Inspection, inspect_split, spaced
+from rpn_train.inspect.page import (
     markdown_page,
     page_sections,
     page_title,
     plain_page,
     report_mapping,
 )
-from rpn_train.inspect_views import Views, measured_fields
+from rpn_train.inspect.receptive_field import receptive_fields
+from rpn_train.inspect.split_summary import file_faults
+from rpn_train.inspect.views import Views, measured_fields
 from rpn_train.model import RPN
 from rpn_train.options import from_mapping, option
 from rpn_train.pretrained import find_pretrained, trained_model
 from rpn_train.recall_report import save_picture
-from rpn_train.receptive_field import receptive_fields
 from rpn_train.run_folder import make_folder
 from rpn_train.run_log import write_json, write_text
 from rpn_train.shell import check_device, guarded
-from rpn_train.split_summary import file_faults
 
 _USAGE = """\
 usage: rpn-inspect [dataset=CHOICE dataset.root=DIR] [GROUP=CHOICE] [KEY=VALUE] ...

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rpn_train.charts import doublings, legend, legend_above, log_px, mark, new_figure, unit
 from rpn_train.curves import LINES, REDDISH_PURPLE, figure_to_image
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.index import Index
@@ -30,8 +29,9 @@ from rpn_train.figures import (
     contact_sheet,
     draw_detections,
 )
-from rpn_train.inspect_data import Inspection
-from rpn_train.level_figures import effective_figure, levels_figure
+from rpn_train.inspect.charts import doublings, legend, legend_above, log_px, mark, new_figure, unit
+from rpn_train.inspect.inspection import Inspection
+from rpn_train.inspect.level_figures import effective_figure, levels_figure
 from rpn_train.recall import SIZES
 
 BEST_IOU_BINS = 40

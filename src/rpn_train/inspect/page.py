@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpn_train.coverage import Reach
-from rpn_train.inspect_data import SMALL_PX, FitSummary, Level, Report
-from rpn_train.inspect_findings import count, extent, findings, percent, untrained
-from rpn_train.split_summary import Spread
+from rpn_train.inspect.coverage import Reach
+from rpn_train.inspect.findings import count, extent, findings, percent, untrained
+from rpn_train.inspect.inspection import SMALL_PX, FitSummary, Level, Report
+from rpn_train.inspect.split_summary import Spread
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from rpn_train.anchors import AnchorGrid
-from rpn_train.coverage import Coverage, Objects, level_ious, object_coverage, resized_objects
 from rpn_train.data.index import Index
 from rpn_train.errors import DataError
+from rpn_train.inspect.coverage import (
+    Coverage,
+    Objects,
+    level_ious,
+    object_coverage,
+    resized_objects,
+)
 
 STEPS = (2, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # of the search, in powers of two
 ALLOWED_LOSS = 0.005  # of recall: a few odd objects do not hold back all the others

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from rpn_train.coverage import Reach
-from rpn_train.inspect_data import SMALL_PX, Level, Report
-from rpn_train.split_summary import OVER_BORDER_PX, Fault
+from rpn_train.inspect.coverage import Reach
+from rpn_train.inspect.inspection import SMALL_PX, Level, Report
+from rpn_train.inspect.split_summary import OVER_BORDER_PX, Fault
 
 MANY = 0.05  # share of the objects that is worth a line at the top
 HALF = 0.5  # of the objects with a positive anchor: fewer are worth a try at fitting

@@ -10,8 +10,8 @@ from rpn_train.data.batch import ReadImage, make_batch
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, canvas_of, same_canvas_batches
 from rpn_train.data.transforms import fit_size
+from rpn_train.inspect.receptive_field import EffectiveField, ReceptiveField, effective_fields
 from rpn_train.model import RPN, normalize_images
-from rpn_train.receptive_field import EffectiveField, ReceptiveField, effective_fields
 
 EFFECTIVE_IMAGES = 4  # one is enough for the extent, a few for a smooth figure
 

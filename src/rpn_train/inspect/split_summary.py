@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rpn_train.coverage import Objects
 from rpn_train.data.index import Index
 from rpn_train.errors import DataError
+from rpn_train.inspect.coverage import Objects
 
 OVER_BORDER_PX = 1.0  # which rounding does not explain
 READ_FORMATS = {"JPEG", "MPO", "PNG", "GIF", "WEBP"}  # of `read_image`, as Pillow calls them
