@@ -32,7 +32,8 @@ from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetw
 from rpn_train.build import build_eval_batches, build_planner, open_split
 from rpn_train.cli import compose_run
 from rpn_train.config import TrainConfig
-from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load
+from rpn_train.data.batch import Batch, EvalBatches, TrainBatches
+from rpn_train.data.loading import load
 from rpn_train.distributed import Ranks, start
 from rpn_train.errors import ConfigError, DivergedError, UserError
 from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, in_stored_pixels, score

@@ -39,8 +39,9 @@ from rpn_train.build import build_eval_batches, build_model, build_planner, open
 from rpn_train.cli import compose_run
 from rpn_train.compose import lay_over, parse, readable
 from rpn_train.config import TrainConfig
-from rpn_train.data.batch import Batch, ReadImage, TrainBatches, load
+from rpn_train.data.batch import Batch, ReadImage, TrainBatches
 from rpn_train.data.index import Index
+from rpn_train.data.loading import load
 from rpn_train.distributed import Ranks, start
 from rpn_train.errors import DataError
 from rpn_train.model import normalize_images

@@ -15,7 +15,7 @@ ORDER = [
     *["boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals", "recall"],
     *["weights", "norms", "timm_body", "sparse", "backbones", "model", "detectors"],
     *["data.index", "data.coco", "data.voc", "data.shapes", "data.files", "data.index_cache"],
-    *["data.transforms", "data.sampler", "data.batch"],
+    *["data.transforms", "data.sampler", "data.batch", "data.loading"],
     *["config", "distributed", "schedule", "checkpoint"],
     *["run_log", "figures", "curves", "misses", "verify", "recall_report", "download"],
     *["proposal_files", "array_pickle", "coco_results", "read_proposals"],

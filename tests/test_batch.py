@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load, load_item, make_batch
+from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load_item, make_batch
 from rpn_train.data.index import Index, build_index
+from rpn_train.data.loading import load
 from rpn_train.data.sampler import Item, Planner, canvas_of
 from rpn_train.data.transforms import flip
 from rpn_train.errors import DataError

@@ -10,8 +10,9 @@ import torch
 
 from rpn_train.anchors import grid_anchors
 from rpn_train.config import EvalConfig, TrainConfig
-from rpn_train.data.batch import Batch, EvalBatches, load
+from rpn_train.data.batch import Batch, EvalBatches
 from rpn_train.data.index import Index
+from rpn_train.data.loading import load
 from rpn_train.distributed import Ranks
 from rpn_train.model import RPN, autocast, normalize_images
 from rpn_train.proposals import Proposals, make_proposals

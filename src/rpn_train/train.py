@@ -7,7 +7,8 @@ from pathlib import Path
 from rpn_train.build import build_eval_batches, build_planner, open_split
 from rpn_train.checkpoint import kept
 from rpn_train.config import TrainConfig
-from rpn_train.data.batch import TrainBatches, load
+from rpn_train.data.batch import TrainBatches
+from rpn_train.data.loading import load
 from rpn_train.distributed import Ranks
 from rpn_train.options import to_mapping
 from rpn_train.report import describe_run, finish_run, log_evaluation, log_step, log_training_batch

@@ -1,17 +1,16 @@
 """Padded batches, made whole by a loader process: one item of the data set is one batch."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, Planner, canvas_of, same_canvas_batches
 from rpn_train.data.transforms import fit_size, flip, photometric_jitter, resize
 from rpn_train.errors import DataError
-from rpn_train.stop import leave_signals_to_parent
 
 ReadImage = Callable[[int], Tensor]  # row of an index -> uint8 [3, H, W] RGB
 
@@ -160,29 +159,3 @@ class EvalBatches(Dataset[Batch | DataError]):
             return make_batch(self.index, self.read, items, canvas)
         except DataError as error:
             return error
-
-
-def load(
-    batches: Dataset[Batch | DataError], keys: Sequence[int], *, workers: int, pin: bool
-) -> Generator[Batch, None, None]:
-    """Batches of `keys` in order, read ahead by `workers` processes (0: by this one).
-
-    Use it with `contextlib.closing`: the processes end when it is closed.
-
-    Raises:
-        DataError: what a batch could not be made for.
-        RuntimeError: a process was killed. It comes by a signal, at any place of the program.
-    """
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=keys,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=leave_signals_to_parent,
-    )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
