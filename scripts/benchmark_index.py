@@ -3,13 +3,12 @@
     python scripts/benchmark_index.py                          # the size of train2017
     python scripts/benchmark_index.py --extrapolate --points 0 --json index.json
 
-The file is drawn: images, boxes and polygons in the numbers and lengths of COCO's, and an empty
-file for each image, since read_coco looks for it. Each start is a process of its own, in turns. The
-time is that of the call, imports done and the file in the system's memory, the best of the repeats.
-What is mapped has not been read yet: "in full" is the time with a pass over all arrays. The growth
-is the peak of the process less what it had after its imports (ours import torch); pages of mapped
-files count. --extrapolate measures a quarter of the size as well and lays a line through both, up
-to the size of Objects365. Linux only.
+The file is drawn: images, boxes and polygons in the numbers and lengths of COCO's. Each start is a
+process of its own, in turns. The time is that of the call, imports done and the file in the
+system's memory, the best of the repeats. What is mapped has not been read yet: "in full" is the
+time with a pass over all arrays. The growth is the peak of the process less what it had after its
+imports (ours import torch); pages of mapped files count. --extrapolate measures a quarter of the
+size as well and lays a line through both, up to the size of Objects365. Linux only.
 """
 
 import argparse
@@ -36,10 +35,8 @@ OPTIONS: dict[str, Any] = {"categories": None, "keep_empty": True}
 
 
 def draw(folder: Path, images: int, boxes: int, points: int) -> None:
-    """An annotation file and a folder of empty image files."""
+    """An annotation file and an empty folder for the images."""
     (folder / "images").mkdir()
-    for i in range(images):
-        (folder / "images" / image_name(i)).touch()
     rng = np.random.default_rng(0)
     with (folder / "instances.json").open("w") as file:
         file.write('{"info": {"year": 2017}, "images": [')

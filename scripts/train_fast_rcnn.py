@@ -35,7 +35,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, box_convert, clip_boxes_to_image
 
 from rpn_train.backbones import Backbone
-from rpn_train.build import build_eval_batches, build_model, build_planner, open_split
+from rpn_train.build import build_eval_batches, build_model, build_planner
 from rpn_train.cli import compose_run
 from rpn_train.compose import lay_over, parse, readable
 from rpn_train.config import TrainConfig
@@ -49,6 +49,7 @@ from rpn_train.pretrained import find_pretrained, trained_model
 from rpn_train.read_proposals import read_proposals
 from rpn_train.schedule import build_optimizer
 from rpn_train.shell import guarded
+from rpn_train.splits import Use, open_split
 from rpn_train.train import due, lr_of
 
 
@@ -81,9 +82,11 @@ class Split:
 
 def open_classes(cfg: TrainConfig, which: str, path: Path, limit: int) -> Split:
     """A split of the data set with the best `limit` proposals of each image."""
+    use: Use = "train" if which == "train" else "score"
     every = replace(cfg.dataset, keep_empty=True)  # the same images for each class
     chosen = [replace(every, categories=(name,)) for name in every.categories or ()] or [every]
-    classes, reads = zip(*(open_split(data, which, cfg.seed) for data in chosen), strict=True)
+    opened = (open_split(replace(cfg, dataset=data), which, use) for data in chosen)
+    classes, reads = zip(*opened, strict=True)
     found, missing = read_proposals(path, classes[0], match=cfg.eval.match)
     if missing:  # as in a file of the other split
         raise DataError(f"{path}: expected all {which} images, {len(missing)} are not in it")

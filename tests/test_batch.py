@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rpn_train.data.batch import Batch, EvalBatches, TrainBatches, load_item, make_batch
+from rpn_train.data import batch as batch_module
+from rpn_train.data.batch import (
+    SUBSTITUTES,
+    Batch,
+    EvalBatches,
+    TrainBatches,
+    Unread,
+    load_item,
+    make_batch,
+)
 from rpn_train.data.index import Index, build_index
 from rpn_train.data.loading import load
 from rpn_train.data.sampler import Item, Planner, canvas_of
@@ -49,6 +58,12 @@ def make_index() -> Index:
 
 
 INDEX = make_index()
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two retries, without a pause."""
+    monkeypatch.setattr(batch_module, "RETRY_AFTER_S", (0, 0))
 
 
 def read(row: int) -> Tensor:
@@ -96,8 +111,11 @@ def eval_batches(read: Any = read, rank: int = 0, world: int = 1) -> EvalBatches
 def assert_same(a: Batch, b: Batch) -> None:
     for field in dataclasses.fields(Batch):
         first, second = getattr(a, field.name), getattr(b, field.name)
-        assert first.dtype == second.dtype
-        assert torch.equal(first, second), field.name
+        if field.name == "unread":
+            assert first == second
+        else:
+            assert first.dtype == second.dtype
+            assert torch.equal(first, second), field.name
 
 
 def item(row: int, size: tuple[int, int], flip: bool = False, jitter: bool = False) -> Item:
@@ -166,9 +184,110 @@ def test_a_file_of_another_size_than_annotated_is_refused() -> None:
     def turned(row: int) -> Tensor:
         return read(row).transpose(1, 2)
 
-    message = r"^0\.jpg: expected \(40, 61\) px \(height, width\) as annotated, got \(61, 40\)$"
+    message = (
+        r"^0\.jpg: of another size than annotated \(40 x 61 px, annotated as 61 x 40; data\.exif"
+    )
     with pytest.raises(DataError, match=message):
         load_item(INDEX, turned, item(0, (20, 30)))
+
+
+# Images that cannot be read
+
+
+def torn(*rows: int) -> Any:
+    def read_others(row: int) -> Tensor:
+        if row in rows:
+            raise DataError(f"{row}.jpg: torn")
+        return read(row)
+
+    return read_others
+
+
+def test_an_image_that_can_be_read_at_the_third_attempt_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network disk may be back by then; the pauses are as they are told."""
+    pauses: list[float] = []
+    monkeypatch.setattr(batch_module, "RETRY_AFTER_S", (0.1, 1.0))
+    monkeypatch.setattr(batch_module.time, "sleep", pauses.append)
+    attempts: list[int] = []
+
+    def late(row: int) -> Tensor:
+        attempts.append(row)
+        if len(attempts) < works_at:
+            raise DataError(f"{row}.jpg: torn")
+        return read(row)
+
+    works_at = 3
+    batch = make_batch(INDEX, late, [item(0, (40, 61))], (48, 64), "substitute")
+    assert_same(batch, make_batch(INDEX, read, [item(0, (40, 61))], (48, 64)))
+    assert (attempts, pauses, batch.unread) == ([0] * 3, [0.1, 1.0], ())
+    attempts.clear()
+    works_at = 4
+    with pytest.raises(DataError, match=r"^0\.jpg: torn$"):
+        make_batch(INDEX, late, [item(0, (40, 61))], (48, 64))
+    assert attempts == [0] * 3
+
+
+def test_a_neighbour_takes_the_place_of_an_image_that_cannot_be_read() -> None:
+    """At its own shape and the short side that was asked for; flip and seed stay."""
+    items = [item(2, (30, 30)), item(3, (10, 30), flip=True), item(5, (33, 44))]
+    for faulty, substitute in (((3,), 4), ((3, 4), 5)):
+        batch = make_batch(INDEX, torn(*faulty), items, (48, 64), "substitute")
+        again = make_batch(INDEX, torn(*faulty), items, (48, 64), "substitute")
+        assert_same(batch, again)
+        assert batch.rows.tolist() == [2, substitute, 5]
+        assert batch.seeds.tolist() == [9, 10, 12]
+        assert batch.unread == (Unread(3, "3.jpg: torn"),)
+    batch = make_batch(INDEX, torn(3), items, (48, 64), "substitute")
+    # row 4 is 47 x 31 px, and 47 x 10 / 31 is 15.2
+    sound = [items[0], dataclasses.replace(items[1], row=4, size=(15, 10)), items[2]]
+    expected = make_batch(INDEX, read, sound, (48, 64))
+    assert_same(dataclasses.replace(batch, unread=()), expected)
+
+
+def test_a_neighbour_fits_on_the_canvas_and_follows_the_last_row() -> None:
+    batch = make_batch(INDEX, torn(7), [item(7, (45, 45))], (48, 48), "substitute")
+    assert batch.rows.tolist() == [0]
+    assert batch.sizes.tolist() == [[31, 48]]  # 40 x 61 px, times 48 / 61
+    batch = make_batch(INDEX, torn(7, 0), [item(7, (45, 45))], (48, 48), "substitute")
+    assert batch.rows.tolist() == [1]
+    assert batch.sizes.tolist() == [[48, 33]]  # 53 x 37 px, times 48 / 53
+
+
+def test_a_blank_takes_the_place_where_images_are_scored() -> None:
+    items = [item(0, (40, 61)), item(5, (33, 44))]
+    batch = make_batch(INDEX, torn(0), items, (48, 64), "blank")
+    assert not batch.images[0].any()
+    assert torch.equal(batch.images[1, :, :33, :44], read(5))
+    assert (batch.rows.tolist(), batch.sizes.tolist()) == ([0, 5], [[40, 61], [33, 44]])
+    assert batch.gt_valid.tolist() == [[False, False], [True, True]]
+    assert batch.unread == (Unread(0, "0.jpg: torn"),)
+
+
+def test_when_no_neighbour_can_be_read_the_disk_is_gone() -> None:
+    attempts: list[int] = []
+
+    def gone(row: int) -> Tensor:
+        attempts.append(row)
+        raise DataError(f"{row}.jpg: torn")
+
+    with pytest.raises(DataError, match=r"^3\.jpg: torn$"):  # 10 after row 1, of 8
+        make_batch(INDEX, gone, [item(1, (53, 37))], (64, 48), "substitute")
+    assert len(attempts) == 3 * (1 + SUBSTITUTES)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_with_neighbours_and_names_each(workers: int) -> None:
+    batches = train_batches(torn(5))
+    batches.unread = "substitute"
+    with closing(load(batches, range(2), workers=workers, pin=False)) as loader:
+        found = list(loader)
+    planned = [[i.row for i in planner().plan(step).items] for step in (1, 2)]
+    assert sorted([*planned[0], *planned[1]]) == [*range(8)]
+    for batch, rows in zip(found, planned, strict=True):
+        assert batch.rows.tolist() == [6 if row == 5 else row for row in rows]
+        assert batch.unread == ((Unread(5, "5.jpg: torn"),) if 5 in rows else ())
 
 
 # Training
@@ -221,19 +340,14 @@ def test_workers_change_nothing() -> None:
 def test_a_fault_of_the_data_is_the_one_line_that_it_was(workers: int) -> None:
     """Not a traceback of a loader process; what came before it is delivered."""
 
-    def torn(row: int) -> Tensor:
-        if row == 5:
-            raise DataError("images/5.jpg: expected a readable image, got: torn")
-        return read(row)
-
     planned = [[i.row for i in planner().plan(step).items] for step in (1, 2)]
     broken = next(key for key, rows in enumerate(planned) if 5 in rows)
-    with closing(load(train_batches(torn), range(2), workers=workers, pin=False)) as found:
+    with closing(load(train_batches(torn(5)), range(2), workers=workers, pin=False)) as found:
         for key in range(broken):
             assert next(found).rows.tolist() == planned[key]
         with pytest.raises(DataError) as caught:
             next(found)
-    assert str(caught.value) == "images/5.jpg: expected a readable image, got: torn"
+    assert str(caught.value) == "5.jpg: torn"
 
 
 def test_loader_processes_end_when_the_loader_is_closed() -> None:
@@ -288,5 +402,8 @@ def test_a_fault_in_evaluation_is_a_fault() -> None:
 
 
 def test_moving_a_batch_moves_all_of_it() -> None:
-    moved = train_batches()[0].to(torch.device("meta"))
-    assert all(getattr(moved, f.name).is_meta for f in dataclasses.fields(Batch))
+    batch = dataclasses.replace(train_batches()[0], unread=(Unread(3, "torn"),))
+    moved = batch.to(torch.device("meta"))
+    names = {f.name for f in dataclasses.fields(Batch)} - {"unread"}
+    assert all(getattr(moved, name).is_meta for name in names)
+    assert moved.unread == (Unread(3, "torn"),)

@@ -11,6 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from rpn_train.data.coco import read_coco
+from rpn_train.data.faults import NO_OBJECT, LeftOut
 from rpn_train.data.index import Index
 from rpn_train.errors import DataError
 
@@ -38,13 +39,9 @@ def content() -> dict[str, Any]:
 
 
 def write(folder: Path, file: Any) -> tuple[Path, Path]:
-    images = folder / "images"
-    (images / "sub").mkdir(parents=True)
-    for name in ("nine.jpg", "two.jpg", "sub/five.jpg"):
-        (images / name).touch()
     annotations = folder / "instances.json"
     annotations.write_bytes(file if isinstance(file, bytes) else json.dumps(file).encode())
-    return annotations, images
+    return annotations, folder / "images"  # which is not looked at
 
 
 def read(
@@ -63,13 +60,14 @@ def test_arrays(tmp_path: Path) -> None:
     np.testing.assert_array_equal(index.areas, [150, 7.5, 5 * 5.5])
     np.testing.assert_array_equal(index.ignore, [True, False, False])
     assert index.path(2) == (tmp_path / "images/sub/five.jpg").resolve()
-    assert index.dropped == ()
+    assert index.left_out == ()
 
 
 def test_an_image_with_a_crowd_alone_is_empty(tmp_path: Path) -> None:
     index = read(tmp_path, content(), keep_empty=False)
     assert index.image_ids.tolist() == [5]
-    assert index.dropped == ("image 'nine.jpg': no object", "image 'two.jpg': no object")
+    names = ("nine.jpg", "two.jpg")
+    assert index.left_out == tuple(LeftOut(name, None, NO_OBJECT) for name in names)
 
 
 def test_boxes_of_other_categories_vanish(tmp_path: Path) -> None:
@@ -77,7 +75,7 @@ def test_boxes_of_other_categories_vanish(tmp_path: Path) -> None:
     assert index.image_ids.tolist() == [9, 2, 5]
     assert index.boxes_xywh.tolist() == [[1.25, 2, 3, 4.5]]
     assert index.box_offsets.tolist() == [0, 0, 0, 1]
-    assert index.dropped == ()
+    assert index.left_out == ()
 
 
 def test_images_without_annotations(tmp_path: Path) -> None:
@@ -100,27 +98,28 @@ def changed(group: str, row: int, **values: Any) -> dict[str, Any]:
     ("file", "message"),
     [
         (b"", r"^expected a COCO annotation file, got an empty one: .*instances\.json$"),
-        (json.dumps(content()).encode()[:-9], r"instances\.json: not a COCO .* truncated"),
+        (
+            json.dumps(content()).encode()[:-9],
+            r"instances\.json: .* truncated after byte 675$",
+        ),
+        (json.dumps(content()).encode()[:-9] + b"}}", r"malformed: .* \(byte 675\)$"),
         (b"\x80" + json.dumps(content()).encode(), r"not a COCO annotation file: .*malformed"),
         (b'{"images": [{"file_name": "\xff"}]}', r"not a COCO annotation file: .*utf-8"),
         (b'{"x": ' + b"[" * 9999, r"not a COCO annotation file: .*recursion"),
         ([], r"Expected `object`, got `array`$"),
         (without("annotations"), r"missing required field `annotations`$"),
         (without("images"), r"missing required field `images`$"),
-        (changed("annotations", 1, bbox=[1, 2, 3]), r"length 4.*`\$\.annotations\[1\]\.bbox`$"),
-        (changed("annotations", 1, bbox=[1, 2, 3, "4"]), r"got `str`.*\[1\]\.bbox"),
-        (changed("annotations", 1, bbox=[1, 2, 3, float("nan")]), r"malformed"),
         (changed("annotations", 2, image_id=2**63), r"`\$\.annotations\[2\]\.image_id`$"),
         (changed("images", 0, file_name=None), r"`str`, got `null`.*images\[0\]\.file_name"),
         (changed("images", 0, height=0), r"instances\.json: .*got \(0, 41\) for image 'nine\.jpg'"),
         (changed("images", 1, id=5), r"every image id once, got 5 more than once"),
         (changed("images", 0, file_name="../x"), r"inside the image folder, got '\.\./x'"),
-        (changed("images", 0, file_name="x.jpg"), r"3 images of .*, 1 are missing, first 'x\.jpg'"),
         (changed("annotations", 0, id=4), r"every annotation id once, got 4 more than once"),
-        (changed("annotations", 1, image_id=6), r"images, got annotation 1 of image 6$"),
-        (changed("annotations", 1, image_id=99), r"images, got annotation 1 of image 99$"),
-        (content() | {"images": []}, r"images, got annotation 8 of image 5$"),
+        (content() | {"images": []}, r"at least one image, got none"),
         (content() | {"images": [], "annotations": []}, r"at least one image, got none"),
+        (changed("images", 1, file_name="\ud800"), r"instances\.json: .*surrogates not allowed$"),
+        (changed("annotations", 1, area="7"), r"`float`, got `str`.*annotations\[1\]\.area`$"),
+        (changed("annotations", 1, iscrowd=True), r"`int`, got `bool`.*\[1\]\.iscrowd`$"),
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path: Path, file: Any, message: str) -> None:
@@ -147,15 +146,72 @@ def test_an_unknown_category_is_refused(
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    annotations, images = write(tmp_path, content())
-    for file, folder, message in [
-        (tmp_path / "no.json", images, r"^expected a COCO annotation file, got nothing at .*no\."),
-        (images, images, r"^expected a COCO annotation file, got a folder at .*images$"),
-        (annotations, tmp_path / "no", r"^expected a folder of images, got nothing at .*no$"),
-        (annotations, annotations, r"^expected a folder of images, got a file at .*instances"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            read_coco(file, folder, categories=None, keep_empty=True)
+    for file, given in (
+        (tmp_path / "no.json", r"nothing at .*no\.json"),
+        (tmp_path, "a folder at"),
+    ):
+        with pytest.raises(DataError, match=f"^expected a COCO annotation file, got {given}"):
+            read_coco(file, tmp_path, categories=None, keep_empty=True)
+
+
+BOX = "box not of four numbers"
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("bbox", "reason", "found"),
+    [
+        ([1, 2, 3], BOX, "[1, 2, 3]"),
+        ([1, 2, 3, 4, 5], BOX, "[1, 2, 3, 4, 5]"),
+        ([], BOX, "[]"),
+        ([1, 2, 3, "4"], BOX, '[1, 2, 3, "4"]'),
+        ([1, 2, 3, None], BOX, "[1, 2, 3, null]"),
+        ([1, 2, 3, True], BOX, "[1, 2, 3, true]"),
+        ([1, 2, 3, 10**400], BOX, "[1, 2, 3, 1" + "0" * 69),  # no float; cut after 80 characters
+        ({"x": 1}, BOX, '{"x": 1}'),
+        ("1234", BOX, '"1234"'),
+        (None, BOX, "null"),
+        (7, BOX, "7"),
+        ([1, 2, 3, NAN], "box not finite", "1, 2, 3, nan"),
+        ([-INF, 2, INF, 4], "box not finite", "-inf, 2, inf, 4"),
+        ([1, 2, 1e308, 1e308], "box not finite", "1, 2, 1e+308, 1e+308"),
+    ],
+)
+def test_a_faulty_box_is_left_out_and_named(
+    tmp_path: Path, bbox: Any, reason: str, found: str
+) -> None:
+    """The rest of the file is read as if it were not there."""
+    index = read(tmp_path, changed("annotations", 0, bbox=bbox))
+    assert index.left_out == (LeftOut("sub/five.jpg", 8, reason, found),)
+    assert index.boxes_xywh.tolist() == [[0, 0, 20, 10], [0.1, 0.2, 5, 5.5]]
+    np.testing.assert_array_equal(index.areas, [150, 5 * 5.5])
+    assert index.ignore.tolist() == [True, False]
+
+
+def test_an_annotation_without_a_box_is_left_out_and_named(tmp_path: Path) -> None:
+    file = content()
+    del file["annotations"][0]["bbox"]
+    assert read(tmp_path, file).left_out == (LeftOut("sub/five.jpg", 8, BOX, "null"),)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    index = read(tmp_path, b"\xef\xbb\xbf" + json.dumps(content()).encode())
+    assert (len(index), index.left_out) == (3, ())
+
+
+def test_an_area_that_is_not_finite_is_that_of_the_box(tmp_path: Path) -> None:
+    index = read(tmp_path, changed("annotations", 0, area=NAN))
+    np.testing.assert_array_equal(index.areas, [150, 3 * 4.5, 5 * 5.5])
+    assert index.left_out == ()
+
+
+@pytest.mark.parametrize("image_id", [6, 99, -1])
+def test_an_annotation_of_an_unknown_image_is_left_out_and_named(
+    tmp_path: Path, image_id: int
+) -> None:
+    index = read(tmp_path, changed("annotations", 1, image_id=image_id))
+    assert index.left_out == (LeftOut(f"id {image_id}", 1, "of an image that the file has not"),)
+    assert index.box_offsets.tolist() == [0, 0, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +225,7 @@ def test_real_data_is_that_of_pycocotools(
     images = data_root / "coco_mini" / split
     index = read_coco(file, images, categories=None, keep_empty=True)
     assert (len(index), len(index.areas), index.ignore.sum()) == (num_images, num_boxes, num_crowd)
-    assert index.dropped == ()
+    assert index.left_out == ()
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(file)
     for i, image_id in enumerate(index.image_ids.tolist()):

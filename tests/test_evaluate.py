@@ -10,12 +10,13 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rpn_train.build import build_eval_batches, build_model, open_split
+from rpn_train.build import build_eval_batches, build_model
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, score
 from rpn_train.options import from_mapping
 from rpn_train.recall import boxes_to_xywh
+from rpn_train.splits import open_split
 from rpn_train.stop import StopRequest
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -41,7 +42,7 @@ def config(data_root: Path, batch_size: int = 8, name: str = "coco_mini") -> Tra
 
 
 def propose(cfg: TrainConfig) -> tuple[list[ImageProposals], object]:
-    index, read = open_split(cfg.dataset, "val", cfg.seed)
+    index, read = open_split(cfg, "val", "score")
     model = build_model(cfg).eval()
     batches = build_eval_batches(cfg, index, read, 64, ONE)
     found = evaluate(model, batches, cfg, StopRequest(), ONE)
@@ -82,7 +83,7 @@ def test_proposals_do_not_depend_on_the_batch_size(data_root: Path) -> None:
 
 def test_a_stop_request_ends_an_evaluation(data_root: Path) -> None:
     cfg = config(data_root)
-    index, read = open_split(cfg.dataset, "val", cfg.seed)
+    index, read = open_split(cfg, "val", "score")
     stop = StopRequest()
     stop.signal = 15
     batches = build_eval_batches(cfg, index, read, 64, ONE)
@@ -92,7 +93,7 @@ def test_a_stop_request_ends_an_evaluation(data_root: Path) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_leaves_the_mode_of_the_model(data_root: Path, training: bool) -> None:
     cfg = config(data_root)
-    index, read = open_split(cfg.dataset, "val", cfg.seed)
+    index, read = open_split(cfg, "val", "score")
     stop = StopRequest()
     stop.signal = 15  # after the first image
     model = build_model(cfg).train(training)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpn_train.data.index import Index, build_index
+from rpn_train.data.faults import NO_OBJECT, FaultError, LeftOut
+from rpn_train.data.index import Index, build_index, without_images
 from rpn_train.errors import DataError
 
 NAN, INF = float("nan"), float("inf")
@@ -56,7 +57,7 @@ def test_boxes_are_sorted_by_image_and_keep_the_order_of_the_file() -> None:
     # 600.1 + 80 is summed in float64 and then rounded, once.
     assert index.boxes_xyxy(2)[0].tolist() == [np.float32(600.1), 3, np.float32(680.1), 8]
     assert [index.ignored(i).tolist() for i in range(3)] == [[False, True], [], [False, True]]
-    assert index.dropped == ()
+    assert index.left_out == ()
 
 
 def test_types_are_compact_and_nothing_handed_out_is_shared() -> None:
@@ -83,28 +84,32 @@ def test_images_without_an_object_are_left_out_on_request_and_named() -> None:
     np.testing.assert_array_equal(index.sizes, [[480, 641]])
     np.testing.assert_array_equal(index.box_offsets, [0, 2])
     np.testing.assert_array_equal(index.boxes_xywh, BOXES["boxes_xywh"][[0, 2]])
-    assert index.dropped == ("image 'é.jpg': no object", "image 'sub/empty.jpg': no object")
+    names = ("é.jpg", "sub/empty.jpg")
+    assert index.left_out == tuple(LeftOut(name, None, NO_OBJECT) for name in names)
+    assert not any(one.is_fault for one in index.left_out)
 
 
 @pytest.mark.parametrize(
-    ("box", "fault"),
+    ("box", "reason", "found"),
     [
-        ([504, 337, 0, 0], "box without extent (504, 337, 0, 0)"),
-        ([504, 337, -3.5, 9], "box without extent (504, 337, -3.5, 9)"),
-        ([504, 337, 1e-6, 9], "box without extent (504, 337, 1e-06, 9)"),  # none left in float32
-        ([NAN, 0, 1, 1], "box not finite (nan, 0, 1, 1)"),
-        ([0, 0, INF, 1], "box not finite (0, 0, inf, 1)"),
-        ([0, -INF, 1, INF], "box not finite (0, -inf, 1, inf)"),
-        ([0, 0, 1, 1e39], "box not finite (0, 0, 1, 1e+39)"),  # in float32
-        ([641, 0, 5, 5], "box outside the image (641, 0, 5, 5)"),
-        ([0, 480, 5, 5], "box outside the image (0, 480, 5, 5)"),
-        ([-5, 0, 5, 5], "box outside the image (-5, 0, 5, 5)"),
-        ([0, -5.5, 5, 5], "box outside the image (0, -5.5, 5, 5)"),
+        ([504, 337, 0, 0], "box without extent", "504, 337, 0, 0"),
+        ([504, 337, -3.5, 9], "box without extent", "504, 337, -3.5, 9"),
+        ([504, 337, 1e-6, 9], "box without extent", "504, 337, 1e-06, 9"),  # none left in float32
+        ([NAN, 0, 1, 1], "box not finite", "nan, 0, 1, 1"),
+        ([0, 0, INF, 1], "box not finite", "0, 0, inf, 1"),
+        ([0, -INF, 1, INF], "box not finite", "0, -inf, 1, inf"),
+        ([0, 0, 1, 1e39], "box not finite", "0, 0, 1, 1e+39"),  # in float32
+        ([641, 0, 5, 5], "box outside the image", "641, 0, 5, 5"),
+        ([0, 480, 5, 5], "box outside the image", "0, 480, 5, 5"),
+        ([-5, 0, 5, 5], "box outside the image", "-5, 0, 5, 5"),
+        ([0, -5.5, 5, 5], "box outside the image", "0, -5.5, 5, 5"),
     ],
 )
-def test_faulty_boxes_are_left_out_and_named(box: list[float], fault: str) -> None:
+def test_faulty_boxes_are_left_out_and_named(box: list[float], reason: str, found: str) -> None:
     index = make(**one_box(box))
-    assert index.dropped == (f"annotation 12 of image 'b.png': {fault}",)
+    assert index.left_out == (LeftOut("b.png", 12, reason, found),)
+    assert str(index.left_out[0]) == f"annotation 12 of image 'b.png': {reason} ({found})"
+    assert index.left_out[0].is_fault
     assert index.boxes_xywh.shape == (0, 4)
     np.testing.assert_array_equal(index.box_offsets, [0, 0, 0, 0])
 
@@ -113,12 +118,87 @@ def test_faulty_boxes_are_left_out_and_named(box: list[float], fault: str) -> No
 def test_boxes_over_the_border_are_kept_as_annotated(box: list[float]) -> None:
     index = make(**one_box(box))
     assert index.boxes_xywh.tolist() == [box]
-    assert index.dropped == ()
+    assert index.left_out == ()
 
 
-def test_what_a_reader_has_left_out_comes_first() -> None:
-    dropped = make(**one_box([0, 0, 0, 0]), keep_empty=True, dropped=["seen"]).dropped
-    assert [line.split()[0] for line in dropped] == ["seen", "annotation"]
+def test_what_is_left_out_is_in_the_order_of_the_judges() -> None:
+    """The reader's, then boxes, then images without an object: here 'b.png' for a faulty box."""
+    boxes = BOXES["boxes_xywh"].copy()
+    boxes[0] = 0
+    seen = LeftOut("seen.jpg", None, "missing")
+    index = make(boxes_xywh=boxes, left_out=[seen], keep_empty=False)
+    assert index.left_out == (
+        seen,
+        LeftOut("b.png", 40, "box without extent", "0, 0, 0, 0"),
+        LeftOut("sub/empty.jpg", None, NO_OBJECT),
+        LeftOut("b.png", None, NO_OBJECT),
+    )
+    assert index.image_ids.tolist() == [7]
+    assert index.boxes_xywh.tolist() == [[1, 2, 3, 4], [-2, 0, 3, 11]]
+
+
+def test_images_with_a_fault_are_taken_out_with_their_boxes() -> None:
+    whole = make(left_out=[LeftOut("seen.jpg", None, "missing")])
+    index = without_images(whole, {0: FaultError("missing"), 1: FaultError("not readable", "gif")})
+    assert index.left_out == (
+        LeftOut("seen.jpg", None, "missing"),
+        LeftOut("é.jpg", None, "missing"),
+        LeftOut("sub/empty.jpg", None, "not readable", "gif"),
+    )
+    assert (len(index), index.file_names(), index.image_ids.tolist()) == (1, ["b.png"], [6])
+    assert index.sizes.tolist() == [[480, 641]]
+    assert index.boxes_xywh.tolist() == [[600.1, 3, 80, 5], [0, 0, 7, 1.5]]
+    assert (index.areas.tolist(), index.ignore.tolist()) == ([9.5, 7 * 1.5], [False, True])
+    assert without_images(index, {}) is index
+    assert without_images(whole, {1: FaultError("missing")}).box_offsets.tolist() == [0, 2, 4]
+
+
+def test_images_with_a_fault_may_keep_their_objects() -> None:
+    whole = make()
+    index = without_images(whole, {2: FaultError("missing")}, keep_objects=True)
+    assert index.left_out == (LeftOut("b.png", None, "missing"),)
+    for name, value in vars(whole).items():
+        assert name == "left_out" or getattr(index, name) is value
+
+
+def test_that_no_image_can_be_used_counts_the_faults() -> None:
+    faults = {row: FaultError("missing") for row in range(3)}
+    message = (
+        r"^root: .*got none that can be used: 3 x image missing; first image 'é.jpg': missing$"
+    )
+    with pytest.raises(DataError, match=message):
+        without_images(make(), faults)
+    assert len(without_images(make(), faults, keep_objects=True)) == 3
+
+
+def many(boxes: list[list[float]]) -> dict[str, Any]:
+    """Boxes of the image of 641 x 480."""
+    count = len(boxes)
+    return {
+        "box_rows": np.full(count, 2),
+        "box_ids": np.arange(count),
+        "boxes_xywh": np.array(boxes, np.float64),
+        "areas": np.full(count, NAN),
+        "ignore": np.zeros(count, np.bool_),
+    }
+
+
+SHARES = [[0.1, 0.2, 0.3, 1.0]]
+CORNERS = [[400, 300, 500, 400]]  # as xywh it ends at 900, 700
+SOUND = [[0, 0, 10, 10]]  # which is a box in either format
+
+
+def test_boxes_of_another_format_are_refused_if_there_are_enough_to_tell() -> None:
+    with pytest.raises(
+        DataError, match=r"^a\.json: expected boxes in pixels, got shares of the im"
+    ):
+        make(**many(10 * SHARES))
+    with pytest.raises(DataError, match=r"got what looks like x1, y1, x2, y2: .*, 30% of them rea"):
+        make(**many(3 * CORNERS + 7 * SOUND))
+    for sound in [9 * SHARES, 9 * CORNERS, 98 * SHARES + 2 * SOUND, 2 * CORNERS + 8 * SOUND]:
+        assert make(**many(sound)).left_out == ()
+    tall = [[630, 1, 5, 480]]  # reaches out, and is no (x1, y1, x2, y2): 5 < 630
+    assert make(**many(98 * CORNERS + 2 * tall)).left_out == ()
 
 
 @pytest.mark.parametrize(

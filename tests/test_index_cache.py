@@ -7,21 +7,23 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from rpn_train.build import open_split
-from rpn_train.config import DatasetConfig, SplitConfig
+from rpn_train.config import DataConfig, DatasetConfig, SplitConfig, TrainConfig
 from rpn_train.data import index_cache
 from rpn_train.data.coco import read_coco
+from rpn_train.data.faults import LeftOut
 from rpn_train.data.index import Index
 from rpn_train.data.index_cache import cache_folder, cached_index
 from rpn_train.errors import DataError
+from rpn_train.splits import open_split
 
 DAY_S = 24 * 3600
 CONTENT: dict[str, Any] = {
@@ -52,7 +54,8 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     images = tmp_path / "images"
     images.mkdir()
     for image in CONTENT["images"]:
-        (images / image["file_name"]).touch()
+        size = image["width"], image["height"]
+        Image.new("RGB", size).save(images / image["file_name"])
     annotations = tmp_path / "instances.json"
     annotations.write_text(json.dumps(CONTENT))
     return annotations, images
@@ -107,7 +110,7 @@ def is_mapped(index: Index) -> bool:
 
 def test_the_second_start_maps_what_the_first_one_read(start: Start) -> None:
     expected = read_coco(*start.files, **OPTIONS)
-    assert len(expected.dropped) == 2
+    assert len(expected.left_out) == 2
     for _ in range(3):
         index = start()
         assert_same(index, expected)
@@ -156,13 +159,6 @@ def test_a_size_that_differs_is_enough(start: Start) -> None:
     assert start.reads == 2
 
 
-def test_an_image_that_is_gone_is_missed_at_the_second_start(start: Start) -> None:
-    start()
-    (start.files[1] / "five.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 are missing, first 'five\.jpg'$"):
-        start()
-
-
 def test_options_have_caches_of_their_own(start: Start) -> None:
     chosen = [OPTIONS, OPTIONS | {"keep_empty": False}, OPTIONS | {"categories": ["cat"]}]
     for options in chosen * 2:
@@ -180,7 +176,7 @@ def test_a_relative_path_is_that_of_the_present_folder(
     assert (index.root, start.reads) == (Path("images"), 1)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    with pytest.raises(DataError, match=r"^expected a folder of images, got nothing at images$"):
+    with pytest.raises(DataError, match=r"^expected a COCO annotation file, got nothing at inst"):
         start()
 
 
@@ -206,8 +202,8 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
         rewrite("areas.npy", lambda b: b[:60]),
         rewrite("areas.npy", lambda b: b""),
         rewrite("areas.npy", lambda b: b"PK\x03\x04" + b),
-        rewrite("dropped.json", lambda b: b[:-1]),
-        rewrite("dropped.json", lambda b: b"7"),
+        rewrite("left_out.json", lambda b: b[:-1]),
+        rewrite("left_out.json", lambda b: b"7"),
         lambda cache: (cache / "sizes.npy").unlink(),
         *(change_array(name, lambda a: a[:-1]) for name in index_cache._ARRAYS),
         change_array("name_bytes", lambda a: np.append(a, a)),
@@ -337,27 +333,55 @@ def test_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder(None) == Path("~/.cache/rpn-train")
 
 
-def test_a_split_is_opened_from_its_cache(
-    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+@pytest.fixture
+def cfg(files: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
     split = SplitConfig(annotations=str(files[0]), images=str(files[1]))
-    dataset = DatasetConfig(format="coco", val=split)
-    first, _ = open_split(dataset, "val", 0)
+    dataset = DatasetConfig(format="coco", val=split, cache=str(tmp_path / "caches"))
+    return TrainConfig(dataset=dataset, data=DataConfig(max_bad_fraction=1.0))
+
+
+def test_a_split_is_opened_from_its_cache(
+    cfg: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = open_split(cfg, "val", "score")
     with monkeypatch.context() as patched:
-        patched.setattr("rpn_train.build.read_coco", list)  # which takes no options
-        index, _ = open_split(dataset, "val", 0)
+        patched.setattr("rpn_train.splits.read_coco", list)  # which takes no options
+        patched.setattr("rpn_train.splits.header_faults", list)
+        index, _ = open_split(cfg, "val", "score")
     assert_same(index, first)
-    assert len(list((tmp_path / "caches" / "rpn-train").iterdir())) == 1
+    assert len(list((tmp_path / "caches").iterdir())) == 1
+
+
+def test_what_was_found_in_the_headers_of_images_is_kept_for_its_use(
+    cfg: TrainConfig, files: tuple[Path, Path]
+) -> None:
+    """What an image is depends on the folder, on what it is for, and on two options."""
+    files[0].write_text(json.dumps(CONTENT | {"annotations": CONTENT["annotations"][:3]}))
+    assert len(open_split(cfg, "val", "train")[0]) == 3
+    (files[1] / "five.jpg").unlink()
+    gone = LeftOut("five.jpg", None, "missing")
+    for _ in range(2):
+        counts = {}
+        for use in ("train", "score", "annotations"):
+            index, _ = open_split(cfg, "val", use)
+            counts[use] = len(index), len(index.areas), gone in index.left_out
+        assert counts == {
+            "train": (2, 1, True),
+            "score": (3, 3, True),
+            "annotations": (3, 3, False),
+        }
+    small = replace(cfg, data=replace(cfg.data, max_pixels=20 * 21))
+    (index, _), (all_, _) = (open_split(c, "val", "train") for c in (small, cfg))
+    assert (index.file_names(), all_.file_names()) == (["größe.jpg"], ["neun.jpg", "größe.jpg"])
 
 
 def digest(index: Index) -> str:
     parts = [getattr(index, name).tobytes() for name in index_cache._ARRAYS]
-    text = json.dumps(index.dropped).encode()
+    text = json.dumps(index.left_out).encode()
     return hashlib.sha256(b"".join([*parts, text])).hexdigest()[:16]
 
 
 def test_another_result_of_the_reader_needs_another_format(files: tuple[Path, Path]) -> None:
     """Otherwise the caches of today would be taken for it. A new line here, and a new FORMAT."""
-    known = {1: "d207e1c73d87a6c2"}
+    known = {1: "d207e1c73d87a6c2", 2: "1fbab8f080e8bfe5"}
     assert digest(read_coco(*files, **OPTIONS)) == known[index_cache.FORMAT]

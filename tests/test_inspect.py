@@ -15,12 +15,12 @@ from untrained import untrained_run
 from rpn_train.anchors import AnchorGrid
 from rpn_train.cli_inspect import PICTURES, InspectArguments, _inspect
 from rpn_train.compose import compose, own_arguments
-from rpn_train.config import AnchorsConfig, ImageConfig, TrainConfig
+from rpn_train.config import AnchorsConfig, DataConfig, ImageConfig, TrainConfig
 from rpn_train.data.coco import read_coco
 from rpn_train.inspect.figures import best_iou_figure, reach_figure
 from rpn_train.inspect.inspection import inspect_split
 from rpn_train.inspect.level_figures import levels_figure
-from rpn_train.inspect.split_summary import Fault, _dropped, file_faults
+from rpn_train.inspect.split_summary import Fault, file_faults
 from rpn_train.inspect.views import Views
 from rpn_train.options import from_mapping
 from rpn_train.shell import guarded
@@ -104,7 +104,7 @@ def test_a_set_made_by_hand(run: Run, by_hand: Path, tmp_path: Path) -> None:
     flat = {"count": 1, "first": "annotation 98 of image 'b.png'"}
     assert data["left_out"] == {"box without extent": flat}
     assert data["files_checked"] == 3
-    assert data["files"] == {"another size than annotated": {"count": 1, "first": "b.png"}}
+    assert data["files"] == {"of another size than annotated": {"count": 1, "first": "b.png"}}
     assert (data["objects_per_image"]["median"], data["objects_per_image"]["largest"]) == (2, 4)
     assert (data["side_px"]["median"], data["side_px"]["largest"]) == (16, 16)
     assert told["small"] == pytest.approx({"64": 2 / 6, "80": 2 / 6, "96": 2 / 6, "128": 1 / 6})
@@ -129,7 +129,7 @@ def test_a_set_made_by_hand(run: Run, by_hand: Path, tmp_path: Path) -> None:
 
     assert told["findings"] == [
         "left out: 1 x box without extent, first annotation 98 of image 'b.png'",
-        "of 3 image files looked at: 1 x another size than annotated, first b.png",
+        "of 3 image files looked at: 1 x of another size than annotated, first b.png",
         "1 box (16.7 %) cut at the border of the image, over which they reach by more than 1 px; "
         "are they x, y, width, height?",
         "1 object with the very box of another of the same image",
@@ -199,12 +199,12 @@ def test_a_split_without_objects_and_without_files(run: Run, tmp_path: Path) -> 
     assert code == 0
     missing = root / "train2017" / "a.png"
     assert page.splitlines()[1:4] == [
-        "  * of 2 image files looked at: 2 x no such file, first a.png",
+        "  * of 2 image files looked at: 2 x missing, first a.png",
         "  * there is no object",
         "  * 3 anchors of a cell best for no object: 16 px 1:1 on 16, 32 px 1:1 on 16, 260 px 1:1 "
         "on 16",
     ]
-    assert f"  * montage.png is not drawn: expected an image, got nothing at {missing}" in page
+    assert f"  * montage.png is not drawn: {missing}: expected an image, got: No such file" in page
     assert {p.name for p in tmp_path.glob("*.png")} == {"levels.png"}
     assert "nan" not in page + (tmp_path / "inspect.md").read_text()
     told = json.loads((tmp_path / "inspect.json").read_text(), parse_constant=pytest.fail)
@@ -230,7 +230,7 @@ def test_figures_show_what_was_counted(tmp_path: Path) -> None:
     boxes = [[8, 8, 16, 16]] * 5 + [[12, 8, 16, 16], [30, 30, 4, 4]]
     root = write_coco(tmp_path, {"a.png": boxes})
     path = root / "annotations" / "instances_train2017.json"
-    index = read_coco(path, root, categories=None, keep_empty=True, need_images=False)
+    index = read_coco(path, root, categories=None, keep_empty=True)
     cfg = TrainConfig(image=ImageConfig(64, 96))
     grid = AnchorGrid(((16.0,), (32.0,)), (1.0,), (8, 16), True)
     inspection = inspect_split(
@@ -296,21 +296,13 @@ def test_headers_tell_what_training_could_not_read(tmp_path: Path) -> None:
         folder,
         categories=None,
         keep_empty=True,
-        need_images=False,
     )
-    assert file_faults(index, range(len(index))) == {
-        "no such file": Fault(1, "gone.png"),
-        "no readable image": Fault(1, "text.png"),
-        "more than 8 bits per channel": Fault(1, "deep.png"),
-        "another size than annotated": Fault(1, "turned.png"),
-        "BMP, expected GIF, JPEG, PNG, WEBP": Fault(1, "other.bmp"),
+    data = DataConfig(max_pixels=64 * 96)
+    assert file_faults(index, range(len(index)), data) == {
+        "not readable": Fault(2, "text.png"),
+        "missing": Fault(1, "gone.png"),
+        "of another size than annotated": Fault(1, "turned.png"),
     }
-    assert file_faults(index, []) == {}
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "it's (1): b.jpg", "'\": no object.png"])
-def test_what_was_left_out_is_told_by_reason(name: str) -> None:
-    for reason, numbers in (("box not finite", " (nan, inf, 1e+20, -0.5)"), ("no bndbox", "")):
-        place = f"annotation 7 of image {name!r}"
-        assert _dropped(f"{place}: {reason}{numbers}") == (reason, place)
-    assert _dropped(f"image {name!r}: no object") == ("no object", f"image {name!r}")
+    assert file_faults(index, [], data) == {}
+    larger = file_faults(index, range(len(index)), DataConfig(max_pixels=64 * 96 - 1))
+    assert larger["of too many pixels"] == Fault(4, "good.jpg")

@@ -106,7 +106,7 @@ def test_objects_have_many_sizes_and_some_images_have_none() -> None:
     sides = np.sqrt(index.boxes_xywh[:, 2:].prod(axis=1))
     assert sides.min() < 11  # 0.08 * 128 = 10.2
     assert sides.max() > 80  # 0.75 * 128 = 96
-    assert index.dropped == ()
+    assert index.left_out == ()
     assert not index.ignore.any()
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from rpn_train.build import build_eval_batches, open_files, open_split
+from rpn_train.build import build_eval_batches
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.index import Index
@@ -22,6 +22,7 @@ from rpn_train.model import RPN
 from rpn_train.pretrained import Pretrained, trained_model
 from rpn_train.proposal_files import NamedProposals, check_output, write_proposals
 from rpn_train.recall_report import save_picture
+from rpn_train.splits import open_files, open_split
 from rpn_train.stop import stop_on_signals
 
 
@@ -50,9 +51,9 @@ def propose(
     """
     check_output(output)
     if images is not None:
-        index, read = open_files(images)
+        index, read = open_files(images, cfg.data)
     else:
-        index, read = open_split(cfg.dataset, cfg.eval.split, cfg.seed)
+        index, read = open_split(cfg, cfg.eval.split, "score")
     model = trained_model(cfg, source).to(ranks.device)
     found = named_proposals(cfg, model, index, read, min_score, draw, ranks)
     count = Count()
@@ -109,7 +110,9 @@ def named_proposals(
             keep = image.logits >= lowest
             boxes, logits = image.boxes[keep], image.logits[keep]
             name = index.file_name(image.row)
-            if draw is not None:
+            if image.fault:
+                tqdm.write(f"not read, and so without proposals: {image.fault}")
+            elif draw is not None:
                 draw_proposals(read(image.row), boxes, draw / name)
             yield NamedProposals(int(index.image_ids[image.row]), name, boxes, logits)
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rpn_train.build import build_eval_batches, open_split
+from rpn_train.build import build_eval_batches
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
+from rpn_train.data.faults import counted
 from rpn_train.data.index import Index
 from rpn_train.distributed import Ranks
 from rpn_train.errors import DataError
@@ -22,6 +23,7 @@ from rpn_train.recall import IOU_THRESHOLDS, ProposalArrays, Recall
 from rpn_train.recall_report import recall_table, save_picture, write_recall
 from rpn_train.report import device_name
 from rpn_train.run_log import RunLog, write_json
+from rpn_train.splits import open_split
 from rpn_train.stop import stop_on_signals
 from rpn_train.verify import largest_difference
 
@@ -35,7 +37,7 @@ def score_network(cfg: TrainConfig, source: Pretrained, folder: Path, ranks: Ran
     Raises:
         UserError: a fault of the data or of the network.
     """
-    index, read = open_split(cfg.dataset, cfg.eval.split, cfg.seed)
+    index, read = open_split(cfg, cfg.eval.split, "score")
     model = trained_model(cfg, source).to(ranks.device)
     batches = build_eval_batches(cfg, index, read, max(model.grid.strides), ranks)
     times = StageTimes()
@@ -43,6 +45,11 @@ def score_network(cfg: TrainConfig, source: Pretrained, folder: Path, ranks: Ran
         found = evaluate(model, batches, cfg, stop, ranks, times)
     if found is None or not ranks.is_main:
         return stop.signal
+    if index.left_out:
+        print(f"left out: {counted(index.left_out)}")
+    for image in found:
+        if image.fault:
+            print(f"not read: {image.fault}; its objects count as missed")
     trained = "" if source.step is None else f", step {source.step}"
     print(f"{source.name}{trained}, {len(index)} images of {cfg.eval.split}")
     extra = {} if source.step is None else {"step": source.step}
@@ -66,7 +73,7 @@ def score_files(cfg: TrainConfig, files: Mapping[str, Path], folder: Path) -> No
     Raises:
         UserError: a fault of the data or of a file.
     """
-    index, read = open_split(cfg.dataset, cfg.eval.split, cfg.seed, need_images=False)
+    index, read = open_split(cfg, cfg.eval.split, "annotations")
     proposals = {}
     for name, path in files.items():
         loaded = read_proposals(path, index, match=cfg.eval.match)

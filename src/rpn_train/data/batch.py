@@ -1,18 +1,32 @@
 """Padded batches, made whole by a loader process: one item of the data set is one batch."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rpn_train.data.headers import size_fault
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, Planner, canvas_of, same_canvas_batches
 from rpn_train.data.transforms import fit_size, flip, photometric_jitter, resize
 from rpn_train.errors import DataError
 
 ReadImage = Callable[[int], Tensor]  # row of an index -> uint8 [3, H, W] RGB
+Loaded = tuple[Tensor, Tensor, Tensor]  # image uint8 [3, h, w], boxes [g, 4] px, ignore bool [g]
+
+RETRY_AFTER_S = (0.1, 1.0)  # a network disk may be back by then
+SUBSTITUTES = 10  # images tried in the place of one; when none can be read, the disk is gone
+
+
+class Unread(NamedTuple):
+    """An image, by its row in the index, and why it could not be read."""
+
+    row: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,7 @@ class Batch:
     images: uint8 [B, 3, H, W]. sizes: int64 [B, 2] (height, width) px without padding.
     gt_boxes: float32 [B, G, 4] xyxy px of the resized image; gt_valid: bool [B, G], false for
     padding rows; gt_ignore: bool [B, G], crowd and difficult. seeds: int64 [B], of anchor sampling.
-    rows: int64 [B], of the index.
+    rows: int64 [B], of the index. unread: images that should be in here and could not be read.
     """
 
     images: Tensor
@@ -32,6 +46,7 @@ class Batch:
     gt_ignore: Tensor
     seeds: Tensor
     rows: Tensor
+    unread: tuple[Unread, ...] = ()
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -41,23 +56,29 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """On a device; does not wait for the copy."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """In page-locked memory (called by the loader), so that copies to a GPU do not wait."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: move(v) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
-def load_item(index: Index, read: ReadImage, item: Item) -> tuple[Tensor, Tensor, Tensor]:
-    """Image uint8 [3, h, w], boxes [g, 4] px and ignore [g] of one item, augmented."""
-    image = read(item.row)
-    stored = tuple(index.sizes[item.row].tolist())
-    if image.shape[-2:] != stored:
-        raise DataError(
-            f"{index.file_name(item.row)}: expected {stored} px (height, width) as annotated, "
-            f"got {tuple(image.shape[-2:])}"
-        )
+def load_item(index: Index, read: ReadImage, item: Item) -> Loaded:
+    """One item, read and augmented.
+
+    Raises:
+        DataError: the image cannot be read, at the third attempt either, or has another size than
+            annotated.
+    """
+    image = _read_patiently(read, item.row)
+    fault = size_fault(index, item.row, tuple(image.shape[-2:]))
+    if fault is not None:
+        raise DataError(f"{index.file_name(item.row)}: {fault}")
     image, boxes = resize(image, torch.from_numpy(index.boxes_xyxy(item.row)), item.size)
     if item.flip:
         image, boxes = flip(image, boxes)
@@ -66,32 +87,93 @@ def load_item(index: Index, read: ReadImage, item: Item) -> tuple[Tensor, Tensor
     return image, boxes, torch.from_numpy(index.ignored(item.row))
 
 
+def _read_patiently(read: ReadImage, row: int) -> Tensor:
+    for pause_s in RETRY_AFTER_S:
+        try:
+            return read(row)
+        except DataError:
+            time.sleep(pause_s)
+    return read(row)
+
+
 def make_batch(
-    index: Index, read: ReadImage, items: Sequence[Item], canvas: tuple[int, int]
+    index: Index,
+    read: ReadImage,
+    items: Sequence[Item],
+    canvas: tuple[int, int],
+    unread: Literal["raise", "substitute", "blank"] = "raise",
 ) -> Batch:
-    """Items read, augmented and padded to the canvas."""
-    most = max(1, *(len(index.ignored(item.row)) for item in items))
+    """Items read, augmented and padded to the canvas.
+
+    Args:
+        unread: what becomes of an image that cannot be read: an error, a neighbour in its place,
+            or a black image without boxes. The batch names it.
+    """
+    used, loaded, missed = [], [], []
+    for item in items:
+        try:
+            one = item, load_item(index, read, item)
+        except DataError as error:
+            if unread == "raise":
+                raise
+            missed.append(Unread(item.row, str(error)))
+            blank = unread == "blank"
+            one = (item, _blank(item)) if blank else _neighbour(index, read, item, canvas)
+        used.append(one[0])
+        loaded.append(one[1])
+    most = max(1, *(len(boxes) for _, boxes, _ in loaded))
     count = len(items)
     # pixel by pixel in memory, as images are decoded: copying them is a tenth of the work then
     images = torch.zeros(count, *canvas, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     gt_boxes = torch.zeros(count, most, 4)
     gt_valid = torch.zeros(count, most, dtype=torch.bool)
     gt_ignore = torch.zeros(count, most, dtype=torch.bool)
-    for i, item in enumerate(items):
-        image, boxes, ignore = load_item(index, read, item)
-        images[i, :, : item.size[0], : item.size[1]] = image
+    for i, (image, boxes, ignore) in enumerate(loaded):
+        height, width = image.shape[1:]
+        images[i, :, :height, :width] = image
         gt_boxes[i, : len(boxes)] = boxes
         gt_valid[i, : len(boxes)] = True
         gt_ignore[i, : len(boxes)] = ignore
     return Batch(
         images=images,
-        sizes=torch.tensor([item.size for item in items]),
+        sizes=torch.tensor([item.size for item in used]),
         gt_boxes=gt_boxes,
         gt_valid=gt_valid,
         gt_ignore=gt_ignore,
-        seeds=torch.tensor([item.seed for item in items]),
-        rows=torch.tensor([item.row for item in items]),
+        seeds=torch.tensor([item.seed for item in used]),
+        rows=torch.tensor([item.row for item in used]),
+        unread=tuple(missed),
     )
+
+
+def _neighbour(
+    index: Index, read: ReadImage, item: Item, canvas: tuple[int, int]
+) -> tuple[Item, Loaded]:
+    """The next image that can be read, in the place of an item, at a size that the canvas holds.
+
+    It follows from the item and the files alone, so that a run that is resumed takes the same.
+
+    Raises:
+        DataError: that of the last of `SUBSTITUTES`, none of which can be read.
+    """
+    for k in range(1, SUBSTITUTES + 1):
+        row = (item.row + k) % len(index)
+        stored = index.sizes[row].tolist()
+        scale = min(canvas[0] / stored[0], canvas[1] / stored[1], min(item.size) / min(stored))
+        height, width = (max(1, int(side * scale)) for side in stored)
+        other = replace(item, row=row, size=(height, width))
+        try:
+            return other, load_item(index, read, other)
+        except DataError:
+            if k == SUBSTITUTES:
+                raise
+    raise AssertionError
+
+
+def _blank(item: Item) -> Loaded:
+    height, width = item.size
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    return image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool)
 
 
 class TrainBatches(Dataset[Batch | DataError]):
@@ -109,8 +191,9 @@ class TrainBatches(Dataset[Batch | DataError]):
         rank: int,
         world: int,
         accumulate: int,
+        unread: Literal["raise", "substitute"] = "raise",
     ) -> None:
-        self.index, self.read, self.planner = index, read, planner
+        self.index, self.read, self.planner, self.unread = index, read, planner, unread
         self.rank, self.world, self.accumulate = rank, world, accumulate
 
     def __getitem__(self, key: int) -> Batch | DataError:
@@ -119,7 +202,8 @@ class TrainBatches(Dataset[Batch | DataError]):
         share = len(plan.items) // (self.world * self.accumulate)
         start = (piece * self.world + self.rank) * share
         try:
-            return make_batch(self.index, self.read, plan.items[start : start + share], plan.canvas)
+            items = plan.items[start : start + share]
+            return make_batch(self.index, self.read, items, plan.canvas, self.unread)
         except DataError as error:
             return error
 
@@ -138,8 +222,9 @@ class EvalBatches(Dataset[Batch | DataError]):
         divisor: int,
         rank: int,
         world: int,
+        unread: Literal["raise", "blank"] = "raise",
     ) -> None:
-        self.index, self.read, self.divisor = index, read, divisor
+        self.index, self.read, self.divisor, self.unread = index, read, divisor, unread
         self.sizes = [
             fit_size((height, width), short_side, max_side)
             for height, width in index.sizes.tolist()
@@ -156,6 +241,6 @@ class EvalBatches(Dataset[Batch | DataError]):
         ]
         try:
             canvas = canvas_of([item.size for item in items], self.divisor)
-            return make_batch(self.index, self.read, items, canvas)
+            return make_batch(self.index, self.read, items, canvas, self.unread)
         except DataError as error:
             return error

@@ -7,24 +7,23 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from rpn_train.data.faults import FaultError, LeftOut
+from rpn_train.data.headers import MAX_PIXELS, header_size, without_size_warning
 from rpn_train.data.index import Index, build_index
 from rpn_train.errors import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}  # what `read_image` decodes
-_TURNED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
-_ORIENTATION = 0x0112  # the EXIF tag
 
 
-def index_files(pattern: str) -> Index:
+def index_files(pattern: str, *, max_pixels: int = MAX_PIXELS) -> Index:
     """Images of a file, a folder with all below it, or a glob; sorted by path, ids from 1.
 
     Sizes are those of the upright image, as EXIF has it, which is what `read_image(path,
-    upright=True)` gives. Only headers are read.
+    upright=True)` gives. Only headers are read; a file without that of an image is left out.
 
     Raises:
-        DataError: nothing is there, or a file is not an image.
+        DataError: nothing is there, or no image.
     """
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -38,8 +37,18 @@ def index_files(pattern: str) -> Index:
             f"images: expected a file, a folder or a glob of {', '.join(sorted(SUFFIXES))}, "
             f"got nothing at {pattern}"
         )
-    names = [str(p.relative_to(root)) for p in paths]
-    return _without_boxes(root, names, [_upright_size(p) for p in paths])
+    sizes: dict[str, tuple[int, int]] = {}
+    left_out = []
+    with without_size_warning():
+        for found in paths:
+            name = str(found.relative_to(root))
+            try:
+                sizes[name] = header_size(found, upright=True, max_pixels=max_pixels)
+            except FaultError as fault:
+                left_out.append(LeftOut(name, None, fault.reason, fault.found))
+    if not sizes:
+        raise DataError(f"images: expected images in {pattern}, got none; {left_out[0]}")
+    return _without_boxes(root, [*sizes], [*sizes.values()], left_out)
 
 
 def index_images(sizes: Sequence[tuple[int, ...]]) -> Index:
@@ -47,7 +56,12 @@ def index_images(sizes: Sequence[tuple[int, ...]]) -> Index:
     return _without_boxes(Path("images"), [str(i) for i in range(len(sizes))], sizes)
 
 
-def _without_boxes(root: Path, names: list[str], sizes: Sequence[tuple[int, ...]]) -> Index:
+def _without_boxes(
+    root: Path,
+    names: list[str],
+    sizes: Sequence[tuple[int, ...]],
+    left_out: Sequence[LeftOut] = (),
+) -> Index:
     return build_index(
         source=root,
         root=root,
@@ -60,14 +74,5 @@ def _without_boxes(root: Path, names: list[str], sizes: Sequence[tuple[int, ...]
         areas=np.zeros(0),
         ignore=np.zeros(0, np.bool_),
         keep_empty=True,
+        left_out=left_out,
     )
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-            width, height = image.size
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: expected a readable image, got another file") from error
-    return (width, height) if turned else (height, width)

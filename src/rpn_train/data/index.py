@@ -6,19 +6,21 @@ pages instead of copying them one reference count at a time.
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rpn_train.data.box_faults import FAULTS, box_faults, check_format, to_corners
+from rpn_train.data.faults import NO_OBJECT, FaultError, LeftOut, counted
 from rpn_train.errors import DataError
 
-_FAULTS = ("", "box not finite", "box without extent", "box outside the image")  # by fault code
-_MAX_SIDE_PX = 2**31 - 1
+MAX_SIDE_PX = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Index:
     boxes_xywh: NDArray[np.float64]  # [M, 4] pixels, not rounded: scores equal pycocotools' exactly
     areas: NDArray[np.float64]  # [M] square pixels: of the annotation, which may be a mask's
     ignore: NDArray[np.bool_]  # [M] crowd or difficult: neither object nor background
-    dropped: tuple[str, ...]  # one line per annotation and per image left out, and why
+    left_out: tuple[LeftOut, ...]  # annotations and images that are not in here, and why
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -60,13 +62,17 @@ class Index:
             DataError: a link leads out of `root`.
         """
         path = (self.root / self.file_name(i)).resolve()
-        if not path.is_relative_to(self.root.resolve()):
+        if not path.is_relative_to(self._resolved_root):
             raise DataError(f"expected an image in {self.root}, got a link to {path}")
         return path
 
+    @cached_property
+    def _resolved_root(self) -> Path:
+        return self.root.resolve()
+
     def boxes_xyxy(self, i: int) -> NDArray[np.float32]:
         """Boxes of image `i`: float32 [G, 4] in pixels, [0, 4] if it has none. A copy."""
-        return _xyxy(self.boxes_xywh[self._rows(self.box_offsets, i)])
+        return to_corners(self.boxes_xywh[self._rows(self.box_offsets, i)])
 
     def ignored(self, i: int) -> NDArray[np.bool_]:
         """Which boxes of image `i` are neither object nor background: bool [G]. A copy."""
@@ -90,7 +96,7 @@ def build_index(
     areas: NDArray[np.float64],
     ignore: NDArray[np.bool_],
     keep_empty: bool,
-    dropped: Sequence[str] = (),
+    left_out: Sequence[LeftOut] = (),
 ) -> Index:
     """Sort the boxes by image, leave out the faulty ones by name, and check the rest.
 
@@ -102,25 +108,30 @@ def build_index(
         sizes: [N, 2] (height, width) in pixels.
         box_rows: [M] row of the image of each box; boxes come in any order and stay in it within
             an image.
-        box_ids: [M] what `dropped` calls the annotations.
+        box_ids: [M] what `left_out` calls the annotations.
         boxes_xywh: [M, 4] in pixels.
         areas: [M] in square pixels; NaN where the annotation gives none: width x height.
         ignore: [M] true for crowd and difficult.
         keep_empty: keep images without an object. A box to ignore is not an object.
-        dropped: what the reader has left out itself.
+        left_out: what the reader has left out itself.
 
     Raises:
-        DataError: no image is left, an id or a name occurs twice, a name leaves `root`, or a
-            size is not positive.
+        DataError: no image is left, an id or a name occurs twice, a name leaves `root`, a
+            size is not positive, or the boxes look like those of another format.
     """
     assert len(image_ids) == len(file_names) == len(sizes)
     assert len(box_rows) == len(box_ids) == len(boxes_xywh) == len(areas) == len(ignore)
     _check_images(source, image_ids, file_names, sizes)
+    check_format(source, boxes_xywh, sizes[box_rows])
     all_names = np.array(file_names, np.object_)
-    faults = _faults(boxes_xywh, sizes[box_rows])
-    lines = [
-        f"annotation {box_ids[m]} of image {all_names[box_rows[m]]!r}: {_FAULTS[faults[m]]} "
-        f"({', '.join(f'{number:.10g}' for number in boxes_xywh[m])})"
+    faults = box_faults(boxes_xywh, sizes[box_rows])
+    faulty = [
+        LeftOut(
+            all_names[box_rows[m]],
+            int(box_ids[m]),
+            FAULTS[faults[m]],
+            ", ".join(f"{number:.10g}" for number in boxes_xywh[m]),
+        )
         for m in np.flatnonzero(faults)
     ]
     sound = np.flatnonzero(faults == 0)
@@ -129,7 +140,7 @@ def build_index(
     kept = (objects > 0) | keep_empty
     if not kept.any():
         raise DataError(f"expected at least one image with an object, got none: {source}")
-    lines += [f"image {name!r}: no object" for name in all_names[~kept]]
+    empty = [LeftOut(name, None, NO_OBJECT) for name in all_names[~kept]]
     order = sound[kept[box_rows[sound]]]
     names = [name.encode() for name in all_names[kept]]
     width_height = boxes_xywh[order, 2:]
@@ -143,7 +154,50 @@ def build_index(
         boxes_xywh=boxes_xywh[order],
         areas=np.where(np.isnan(areas[order]), width_height.prod(axis=1), areas[order]),
         ignore=ignore[order],
-        dropped=(*dropped, *lines),
+        left_out=(*left_out, *faulty, *empty),
+    )
+
+
+def without_images(
+    index: Index, faults: Mapping[int, FaultError], *, keep_objects: bool = False
+) -> Index:
+    """The index without the images of some rows, for their faults.
+
+    Args:
+        keep_objects: rows and objects stay, to count as missed; the faults are recorded alone.
+
+    Raises:
+        DataError: no image is left.
+    """
+    if not faults:
+        return index
+    kept = np.ones(len(index), np.bool_)
+    kept[[*faults]] = False
+    left_out = index.left_out + tuple(
+        LeftOut(index.file_name(row), None, fault.reason, fault.found)
+        for row, fault in faults.items()
+    )
+    if keep_objects:
+        return replace(index, left_out=left_out)
+    if not kept.any():
+        lost = left_out[len(index.left_out) :]
+        raise DataError(
+            f"{index.root}: expected images, got none that can be used: {counted(lost)}; "
+            f"first {lost[0]}"
+        )
+    name_lengths, box_counts = np.diff(index.name_offsets), np.diff(index.box_offsets)
+    boxes = np.repeat(kept, box_counts)
+    return Index(
+        root=index.root,
+        image_ids=index.image_ids[kept],
+        sizes=index.sizes[kept],
+        name_bytes=index.name_bytes[np.repeat(kept, name_lengths)],
+        name_offsets=_offsets(name_lengths[kept]),
+        box_offsets=_offsets(box_counts[kept]),
+        boxes_xywh=index.boxes_xywh[boxes],
+        areas=index.areas[boxes],
+        ignore=index.ignore[boxes],
+        left_out=left_out,
     )
 
 
@@ -193,7 +247,7 @@ def _check_images(
     for name in file_names:
         if leaves_root(name):
             raise DataError(f"{source}: expected file names inside the image folder, got {name!r}")
-    wrong = ((sizes < 1) | (sizes > _MAX_SIDE_PX)).any(axis=1)
+    wrong = ((sizes < 1) | (sizes > MAX_SIDE_PX)).any(axis=1)
     if wrong.any():
         first = int(wrong.argmax())
         height, width = sizes[first]
@@ -201,25 +255,6 @@ def _check_images(
             f"{source}: expected a positive size (height, width) in pixels, "
             f"got ({height}, {width}) for image {file_names[first]!r}"
         )
-
-
-def _faults(boxes_xywh: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Fault code [M] of each box, 0 for none, given the size [M, 2] of its image.
-
-    Judged in float32, the form that training sees: no box that passes can become infinite or lose
-    its extent later.
-    """
-    boxes = _xyxy(boxes_xywh)
-    finite = np.isfinite(boxes).all(axis=1)
-    extent = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    overlaps = ((boxes[:, 2:] > 0) & (boxes[:, :2] < sizes[:, ::-1])).all(axis=1)
-    return np.select([~finite, ~extent, ~overlaps], [1, 2, 3], 0)
-
-
-def _xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore", invalid="ignore"):  # `_faults` looks for the infinities
-        corners = np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
-        return corners.astype(np.float32)
 
 
 def _offsets(counts: Sequence[int] | NDArray[np.intp]) -> NDArray[np.int64]:

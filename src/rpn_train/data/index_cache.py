@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from rpn_train.data.faults import LeftOut
 from rpn_train.data.index import Index
 
-FORMAT = 1  # to be raised when a reader makes another index of the same file: see the tests
+FORMAT = 2  # to be raised when a reader makes another index of the same file: see the tests
 _PREFIX = "rpn-train-index-"  # of all that is written, and so of all that is ever deleted
 _MIN_BYTES = 10_000_000  # what is smaller is read in 0.1 s
 _UNUSED_S = 7 * 24 * 3600  # longer than most runs: another machine may still map the files
-_ARRAYS = tuple(f.name for f in fields(Index) if f.name not in {"root", "dropped"})
+_ARRAYS = tuple(f.name for f in fields(Index) if f.name not in {"root", "left_out"})
 
 
 def cache_folder(given: str | None) -> Path:
@@ -47,7 +48,8 @@ def cached_index(
     """What `make()` returns, at the second start from the cache that the first one left.
 
     Where no cache can be read or written, for whatever reason, it is `make()` as if there were
-    none. Caches that nobody has opened for a week are deleted when another one is written.
+    none; so it is while images have faults. Caches that nobody has opened for a week are deleted
+    when another one is written.
 
     Args:
         annotations: the file that is read.
@@ -65,8 +67,10 @@ def cached_index(
     if index is None:
         shutil.rmtree(cache, ignore_errors=True)  # a broken one
         index = make()
+        # A faulty image may be repaired in its place, of which the folder would not tell.
+        repairable = any(one.is_fault and one.annotation is None for one in index.left_out)
         # The annotations may have changed while they were read.
-        if _cache_of(annotations, images, options, folder) == cache:
+        if not repairable and _cache_of(annotations, images, options, folder) == cache:
             with suppress(OSError):  # read-only, full, or another process was faster
                 _store(index, cache)
         index = _load(cache, images) or index  # mapped, in the place of this process's own
@@ -105,8 +109,9 @@ def _load(cache: Path, root: Path) -> Index | None:
             name: np.asarray(open_memmap(cache / f"{name}.npy", mode="r"))
             for name in _ARRAYS
         }
-        dropped = json.loads((cache / "dropped.json").read_bytes())
-        index = Index(root=root, dropped=tuple(dropped), **arrays)
+        records = json.loads((cache / "left_out.json").read_bytes())
+        left_out = tuple(LeftOut(*record) for record in records)
+        index = Index(root=root, left_out=left_out, **arrays)
         if not _is_whole(index):
             return None
     except Exception:  # a torn or foreign file can break the readers in any way
@@ -155,7 +160,7 @@ def _store(index: Index, cache: Path) -> None:
                 np.save(file, getattr(index, name), allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        (temporary / "dropped.json").write_text(json.dumps(index.dropped))
+        (temporary / "left_out.json").write_text(json.dumps(index.left_out))
         os.rename(temporary, cache)  # fails where there is one
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Image and boxes together: reading, resizing, flipping, colour jitter. uint8 throughout."""
 
 import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +11,38 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 from rpn_train.boxes import clip
+from rpn_train.data.faults import FaultError
+from rpn_train.data.headers import MAX_PIXELS, header_size, without_size_warning
 from rpn_train.errors import DataError
 
 
-def read_image(path: Path, *, upright: bool = False) -> Tensor:
-    """An image file as uint8 [3, H, W] RGB.
+def read_image(path: Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """An image file as uint8 [3, H, W] RGB: grey and palettes expanded, alpha left out.
 
     Pixels are as stored, to which COCO's and VOC's boxes refer; `upright` turns them as EXIF says.
+    16 bits per channel are scaled to 8. Of an animation it is the first frame.
 
     Raises:
-        DataError: no such file, not a readable image, or not one still of 8 bits per channel.
+        DataError: no such file, not a readable image, or one of more than `max_pixels`.
     """
-    if not path.is_file():
-        raise DataError(f"expected an image, got nothing at {path}")
     try:
-        image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=upright)
+        data = path.read_bytes()
+        with without_size_warning():
+            header_size(BytesIO(data), upright=upright, max_pixels=max_pixels)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=upright)
+    except OSError as error:
+        raise DataError(f"{path}: expected an image, got: {error.strerror}") from error
+    except FaultError as error:
+        raise DataError(f"{path}: expected an image, got one {error}") from error
     except RuntimeError as error:
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])  # of torchvision's build
         raise DataError(f"{path}: expected a readable image, got: {reason}") from error
-    if image.ndim != 3 or image.dtype != torch.uint8:  # an animation; 16-bit PNG
-        raise DataError(
-            f"{path}: expected one still of 8 bits per channel, "
-            f"got {tuple(image.shape)} of {image.dtype}"
-        )
+    if image.ndim == 4:
+        image = image[0]
+    if image.dtype == torch.uint16:
+        image = ((image.int() * 255 + 32767) // 65535).to(torch.uint8)
+    assert (image.ndim, image.dtype) == (3, torch.uint8), (image.shape, image.dtype)
     return image
 
 

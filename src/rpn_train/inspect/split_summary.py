@@ -1,19 +1,17 @@
 """The data of a split in figures: how much there is, of what sizes, and what is wrong with it."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from rpn_train.config import DataConfig
+from rpn_train.data.headers import header_faults
 from rpn_train.data.index import Index
-from rpn_train.errors import DataError
 from rpn_train.inspect.coverage import Objects
 
 OVER_BORDER_PX = 1.0  # which rounding does not explain
-READ_FORMATS = {"JPEG", "MPO", "PNG", "GIF", "WEBP"}  # of `read_image`, as Pillow calls them
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def summarize_split(
         empty_images=int((per_image == 0).sum()),
         objects=len(boxes),
         ignored=int(index.ignore.sum()),
-        left_out=_faults(map(_dropped, index.dropped)),
+        left_out=_faults((one.reason, one.place) for one in index.left_out),
         files_checked=files_checked,
         files=files,
         over_border=int((beyond > OVER_BORDER_PX).any(axis=1).sum()),
@@ -96,15 +94,13 @@ def summarize_split(
     )
 
 
-def file_faults(index: Index, rows: Iterable[int]) -> dict[str, Fault]:
+def file_faults(index: Index, rows: Iterable[int], data: DataConfig) -> dict[str, Fault]:
     """What is wrong with some image files, by their headers: reason -> how often, and where first.
 
     A file that training could not use, as far as its header says.
     """
-    reasons = [
-        (reason, index.file_name(row)) for row in rows if (reason := _file_fault(index, row))
-    ]
-    return _faults(reasons)
+    found = header_faults(index, rows, upright=data.exif == "apply", max_pixels=data.max_pixels)
+    return _faults((fault.reason, index.file_name(row)) for row, fault in found.items())
 
 
 def spread(values: NDArray[np.float64] | NDArray[np.int64]) -> Spread:
@@ -114,25 +110,6 @@ def spread(values: NDArray[np.float64] | NDArray[np.int64]) -> Spread:
     return Spread(*np.percentile(values, [5, 25, 50, 75, 95, 100]).tolist())
 
 
-def _file_fault(index: Index, row: int) -> str | None:
-    try:
-        path = index.path(row)
-        with Image.open(path) as image:
-            width, height = image.size
-            kind, mode = image.format, image.mode
-    except DataError:
-        return "a link out of the image folder"
-    except FileNotFoundError:
-        return "no such file"
-    except (OSError, Image.DecompressionBombError):
-        return "no readable image"
-    if kind not in READ_FORMATS:
-        return f"{kind}, expected {', '.join(sorted(READ_FORMATS - {'MPO'}))}"
-    if mode.startswith(("I", "F")):
-        return "more than 8 bits per channel"
-    return None if [height, width] == index.sizes[row].tolist() else "another size than annotated"
-
-
 def _faults(found: Iterable[tuple[str, str]]) -> dict[str, Fault]:
     """(reason, place) of each -> reason -> how many, and the first; the most frequent first."""
     faults: dict[str, Fault] = {}
@@ -140,10 +117,3 @@ def _faults(found: Iterable[tuple[str, str]]) -> dict[str, Fault]:
         first = faults[reason].first if reason in faults else place
         faults[reason] = Fault(faults[reason].count + 1 if reason in faults else 1, first)
     return dict(sorted(faults.items(), key=lambda item: -item[1].count))
-
-
-def _dropped(line: str) -> tuple[str, str]:
-    """Reason and place of a line of `Index.dropped`: PLACE: REASON (NUMBERS)."""
-    match = re.fullmatch(r"(.*['\"]): ([^'\"(]*?)(?: \([^'\"]*\))?", line, re.DOTALL)
-    assert match is not None, line
-    return match[2], match[1]
