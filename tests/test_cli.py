@@ -377,22 +377,28 @@ def test_several_processes_are_started_with_what_was_typed(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
+    ranks: list[tuple[str, ...]] = []
 
     class Started:
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             commands.append(command)
+            ranks.append((env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]))
             assert int(env["OMP_NUM_THREADS"]) >= 1
+            assert env["RPN_TRAIN_MEETING"].startswith("file:///")
 
-        def wait(self) -> int:
+        def poll(self) -> int:
+            return 3
+
+        def wait(self, seconds: float | None) -> int:
             return 3
 
     monkeypatch.setattr(shell.subprocess, "Popen", Started)
     typed = ["devices=2", "device=cpu", "schedule.batch_size=4"]
     assert run(cli._train, *typed, "output_dir=a b=c")[0] == 3
-    assert commands[0][1:3] == ["-m", "torch.distributed.run"]
-    assert "--nproc-per-node=2" in commands[0]
-    name, *passed_on = commands[0][commands[0].index("rpn_train") + 1 :]
-    assert name == "train"
+    assert ranks == [("0", "0", "2"), ("1", "1", "2")]
+    assert commands[0] == commands[1]
+    assert commands[0][1:4] == ["-m", "rpn_train", "train"]
+    passed_on = commands[0][4:]
     cfg = cli.compose_run(passed_on)
     assert cfg == cli.compose_run([*typed, "output_dir='a b=c'"])
     assert cfg.output_dir == "a b=c"

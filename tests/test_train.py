@@ -1,6 +1,7 @@
 """Whole runs on tiny drawn images: exactness, interruption, distribution and faults."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from rpn_train import train as train_module
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.errors import CheckpointError, DivergedError
+from rpn_train.model import normalize_images
 from rpn_train.options import from_mapping
 from rpn_train.run_folder import run_folder
 from rpn_train.step import training_step
@@ -271,6 +273,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path: Pa
     last = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
     assert last["step"] == 1  # the step before: its own loss was still finite
     assert not (tmp_path / "checkpoints" / "best.pt").exists()
+
+
+def overflowing(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are not finite in these steps."""
+    count = iter(range(1, 1000))
+    monkeypatch.setattr(
+        "rpn_train.objective.normalize_images",
+        lambda *batch: normalize_images(*batch) * (math.nan if next(count) in steps else 1),
+    )
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_step_that_overflows_is_left_out_without_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
+) -> None:
+    """Batch norm has seen the infinities: its statistics go back too."""
+    overflowing({3}, monkeypatch)
+    cfg = config(
+        on_nonfinite="skip", save_every=1, keep_checkpoints=9, eval_every=9, schedule__ema=ema
+    )
+    train(cfg, tmp_path, ONE)
+    kept = tmp_path / "checkpoints"
+    last, *_ = states = [checkpoint.load(path) for path in checkpoint.kept(kept / "last.pt")]
+    before, after, later = (next(s for s in states if s["step"] == n) for n in (2, 3, 4))
+    for part in ("model", "ema") if ema else ("model",):
+        for key in before[part]:
+            assert torch.equal(before[part][key], after[part][key]), key
+        assert any(not torch.equal(after[part][key], later[part][key]) for key in later[part])
+        assert all(value.isfinite().all() for value in last[part].values())
+    of_steps = [line for line in metrics(tmp_path) if "train/loss" in line]
+    assert [line.get("train/skipped") for line in of_steps] == [None, 1, None]
+    assert all(np.isfinite(line["train/loss"]) for line in of_steps)
+
+
+def test_too_many_steps_that_overflow_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflowing({2, 3, 4, 5, 6}, monkeypatch)
+    cfg = config(on_nonfinite="skip", max_skipped=2, eval_at_start=False)
+    with pytest.raises(DivergedError, match=r"step 4: expected at most max_skipped = 2 .* got 3"):
+        train(cfg, tmp_path, ONE)
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["step"] == 3
 
 
 def test_a_checkpoint_of_another_network_is_not_resumed(whole: Path) -> None:

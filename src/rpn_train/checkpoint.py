@@ -17,6 +17,10 @@ _KEYS = {"format", "config", "step", "evaluated", "best_ar_100", "history"}
 _KEYS |= {"model", "ema", "optimizer", "scaler"}
 
 
+class FormatError(CheckpointError):
+    """A whole checkpoint of another version of rpn-train: an older one must not stand in for it."""
+
+
 def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
     """Write a checkpoint atomically: a crash leaves the previous one as it was.
 
@@ -32,7 +36,9 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
             torch.save({"format": FORMAT, **state}, file)
             _keep_older(path, keep)
     except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
-        reason = str(error).splitlines()[0]
+        # which hide that of the disk behind what they found when they ended the file
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = str(cause).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be written ({reason}); what was saved before is intact: make room and "
             "go on with resume=auto"
@@ -67,12 +73,15 @@ def load_newest(path: Path) -> tuple[dict[str, Any], Path, str | None]:
         The checkpoint, its path, and what is wrong with those that are newer; None if it is `path`.
 
     Raises:
+        FormatError: the newest that is whole is of another format.
         CheckpointError: none is whole; says what is wrong with the newest.
     """
     faults: list[str] = []
     for candidate in kept(path):
         try:
             return load(candidate), candidate, "; ".join(faults) or None
+        except FormatError:
+            raise
         except CheckpointError as error:
             faults.append(str(error))
     raise CheckpointError(faults[0] if faults else f"expected a checkpoint, got nothing at {path}")
@@ -91,7 +100,8 @@ def load(path: Path) -> dict[str, Any]:
     Every byte is checked: a checkpoint is a zip archive, which holds a CRC-32 of each tensor.
 
     Raises:
-        CheckpointError: missing, damaged, not one of ours, or of another format.
+        FormatError: of another format.
+        CheckpointError: missing, damaged, or not one of ours.
     """
     if not path.is_file():
         raise CheckpointError(f"expected a checkpoint, got nothing at {path}")
@@ -106,13 +116,15 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: expected a checkpoint of rpn-train, got a broken or another file "
             f"({type(error).__name__})"
         ) from error
-    if not isinstance(state, dict) or not state.keys() >= _KEYS:
+    if not isinstance(state, dict) or type(state.get("format")) is not int:
         raise CheckpointError(f"{path}: expected a checkpoint of rpn-train, got another file")
-    if state["format"] != FORMAT:
-        raise CheckpointError(
+    if state["format"] != FORMAT:  # before the keys, which may be others there
+        raise FormatError(
             f"{path}: expected checkpoint format {FORMAT}, got {state['format']}; "
             "use the version of rpn-train that wrote it"
         )
+    if not state.keys() >= _KEYS:
+        raise CheckpointError(f"{path}: expected a checkpoint of rpn-train, got another file")
     return cast(dict[str, Any], state)
 
 

@@ -1,15 +1,24 @@
-"""Several processes as one: start, wrap, reduce, gather. Torch's own launcher and DDP, no more."""
+"""Several processes as one: start, wrap, reduce, gather. Torch's own groups and DDP, no more."""
 
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from rpn_train.errors import LostProcessError
+
+# How long a process waits for another. The longest that it has to: the main one scores and draws
+# an evaluation alone, or a disk on the network is gone for a while.
+TIMEOUT = timedelta(minutes=10)
+# Where the processes that `shell.launch` started meet; torchrun has variables of its own.
+MEETING = "RPN_TRAIN_MEETING"
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,15 @@ class Ranks:
 
 
 @contextmanager
-def start(device: str) -> Iterator[Ranks]:
-    """Join the processes that the launcher started, if it did; leave them at the end.
+def start(device: str, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+    """Join the processes that a launcher started, if one did; leave them at the end.
 
     Args:
         device: "auto", "cpu" or "cuda". One GPU per process, by local rank.
+        timeout: of every wait for another process.
+
+    Raises:
+        LostProcessError: another process ended before its time, or does not answer.
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -84,14 +97,30 @@ def start(device: str) -> Iterator[Ranks]:
     if not launched():
         yield Ranks(0, 1, here)
         return
-    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=here if use_cuda else None)
     try:
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            init_method=os.environ.get(MEETING),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            device_id=here if use_cuda else None,
+        )
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         yield Ranks(dist.get_rank(), dist.get_world_size(), here, control)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no class
+            raise
+        raise LostProcessError(
+            "another process of this command has ended, or has not answered for "
+            f"{timeout.total_seconds():.0f} s; if it did not say why, it may have been killed for "
+            "want of memory; a run goes on with resume=auto"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def launched() -> bool:
-    """Whether torch's launcher started this process."""
+    """Whether a launcher, `shell.launch` or torchrun, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "WORLD_SIZE" in os.environ

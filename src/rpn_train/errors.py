@@ -20,5 +20,9 @@ class CheckpointError(UserError):
     """A run folder, a checkpoint or a weights file cannot be used."""
 
 
+class LostProcessError(UserError):
+    """Another process of several is gone or does not answer."""
+
+
 class DivergedError(UserError):
     """The loss is not finite: training cannot go on."""

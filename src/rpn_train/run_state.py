@@ -22,7 +22,10 @@ from rpn_train.schedule import build_optimizer
 from rpn_train.weights import norms_fit
 
 # A change of these makes another network or another problem: weights of before do not fit it.
-_FIXED = ("backbone.", "anchors.", "method.num_convs", "method.channels")
+_FIXED = (
+    *("backbone.", "anchors.", "method.head", "method.num_convs", "method.channels"),
+    *("method.centerness", "method.delta_stds"),
+)
 # What the weights of a network were learned with. (Which stages were frozen is not part of it.)
 _ARCHITECTURE = ("backbone.name", "backbone.norm", "backbone.fpn_norm", "anchors.")
 
@@ -33,6 +36,7 @@ class RunState:
 
     step: steps done. evaluated: the last step whose evaluation is done, -1 for none. history: a row
     of logged numbers for each step since the last logged one; pending: those still on the device.
+    skipped: steps in a row, up to the last, that were left out because they were not finite.
     """
 
     model: RPN
@@ -44,6 +48,7 @@ class RunState:
     best_ar_100: float = -1.0
     history: list[list[float]] = field(default_factory=list)
     pending: list[Tensor] = field(default_factory=list)
+    skipped: int = 0
 
     @property
     def judged(self) -> RPN:
@@ -108,16 +113,18 @@ def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dic
     """
     last = last_of(folder)
     if not checkpoint.kept(last):
+        if ranks.is_main:  # there may be some of step 0
+            forget_later_lines(state, folder)
         return {} if cfg.init_from is None else start_from(state, cfg, cfg.init_from)
     saved, path, fault = checkpoint.load_newest(last)
     changed = differences(saved["config"], to_mapping(cfg))
     for key in ("resume", "output_dir", "init_from"):
         changed.pop(key, None)
-    for key, change in changed.items():
-        if key.startswith(_FIXED):
-            raise CheckpointError(
-                f"{key}: {change}: {path} is of another network; start in another output_dir"
-            )
+    fixed = [f"{key}: {change}" for key, change in changed.items() if key.startswith(_FIXED)]
+    if fixed:
+        raise CheckpointError(
+            f"{'; '.join(fixed)}: {path} is of another network; start in another output_dir"
+        )
     checkpoint.load_weights(state.model, saved["model"], path)
     if state.ema is not None:
         checkpoint.load_weights(state.ema.module, saved["ema"] or saved["model"], path)
