@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rpn_train.build import build_model, open_split
+from rpn_train.build import build_model
 from rpn_train.cli_trained import configured
 from rpn_train.compose import compose, own_arguments, parse
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.index import Index
-from rpn_train.errors import ConfigError, DataError
+from rpn_train.errors import ConfigError, DataError, UserError
 from rpn_train.inspect.figures import inspection_figures, montage
 from rpn_train.inspect.findings import findings
 from rpn_train.inspect.fit_anchors import anchors_yaml
@@ -27,9 +27,11 @@ from rpn_train.inspect.page import (
     plain_page,
     report_mapping,
 )
-from rpn_train.inspect.receptive_field import receptive_fields
+from rpn_train.inspect.receptive_field import ReceptiveField, receptive_fields
 from rpn_train.inspect.split_summary import file_faults
+from rpn_train.inspect.story import write_story
 from rpn_train.inspect.views import Views, measured_fields
+from rpn_train.inspect.walk import walk
 from rpn_train.model import RPN
 from rpn_train.options import from_mapping, option
 from rpn_train.pretrained import find_pretrained, trained_model
@@ -37,18 +39,21 @@ from rpn_train.recall_report import save_picture
 from rpn_train.run_folder import make_folder
 from rpn_train.run_log import write_json, write_text
 from rpn_train.shell import check_device, guarded
+from rpn_train.splits import open_files, open_split
 
 _USAGE = """\
 usage: rpn-inspect [dataset=CHOICE dataset.root=DIR] [GROUP=CHOICE] [KEY=VALUE] ...
-       rpn-inspect checkpoint=WHERE [KEY=VALUE] ...
+       rpn-inspect checkpoint=WHERE [image=FILE] [KEY=VALUE] ...
 
 Tells before training what is in the data, which objects the anchors reach, and what the network
 sees. Takes what rpn-train takes: image sizes, anchors, backbone and method are those of the run to
-be. With a checkpoint the configuration is the checkpoint's.
+be. With a checkpoint the configuration is the checkpoint's. With an image, too, it is followed
+through the network instead, from its pixels to the proposals.
 
   rpn-inspect dataset=coco dataset.root=DIR backbone=resnet50_fpn
   rpn-inspect dataset=voc dataset.root=DIR image.short_side=600 image.max_side=1000 fit=true
   rpn-inspect checkpoint=runs/a effective=true
+  rpn-inspect checkpoint=runs/a image=photo.jpg
 
 fit=true       propose sizes and ratios of anchors, and write them to anchors_fitted.yaml
 effective=true measure the effective receptive field, too, on a few images: seconds to minutes
@@ -56,8 +61,10 @@ split=         train (default) or val
 pictures=      images drawn with their boxes (12); 0: none
 files=         image files whose headers are compared with the annotations (1000); 0: none
 checkpoint=    a run folder, a checkpoint in one, or torchvision:BUILDER[:WEIGHTS NAME OR FILE]
+image=         an image of the split, by its file name, whose objects are known, or any file
 Prints a page and writes inspect.json, inspect.md and figures to output_dir (default: inspect/ in
-the run folder, or <data set>_<split>_inspect). `rpn-train --help` lists the other keys.
+the run folder, or <data set>_<split>_inspect); with an image image.md and its figures (default: in
+a folder of its name there). `rpn-train --help` lists the other keys.
 """
 
 PICTURES = {  # what inspect.md says of them
@@ -75,6 +82,7 @@ class InspectArguments:
     """What only `rpn-inspect` understands."""
 
     checkpoint: str | None = option(None, "run folder, checkpoint or torchvision:BUILDER")
+    image: str | None = option(None, "image of the split, or file, to follow through the network")
     split: Literal["train", "val"] = option("train", "of the data set")
     fit: bool = option(False, "propose anchors")
     effective: bool = option(False, "measure the effective receptive field")
@@ -92,8 +100,10 @@ def _inspect(arguments: Sequence[str]) -> int:
         print(_USAGE, end="")
         return 0
     own, typed = own_arguments(InspectArguments, arguments)
+    if own.image is not None:
+        return _follow(own.image, own, typed)
     cfg, model, folder = _network(own, typed)
-    index, read = open_split(cfg.dataset, own.split, cfg.seed, need_images=False)
+    index, read = open_split(cfg, own.split, "annotations")
     make_folder(folder)
     rows = spaced(len(index), 0 if cfg.dataset.format == "shapes" else own.files)
     views, notes = _views(model, index, read, cfg, own.effective)
@@ -105,7 +115,7 @@ def _inspect(arguments: Sequence[str]) -> int:
         split=own.split,
         fit=own.fit,
         files_checked=len(rows),
-        files=file_faults(index, rows),
+        files=file_faults(index, rows, cfg.data),
     )
     pictures = inspection_figures(inspection)
     try:
@@ -143,16 +153,85 @@ def _views(
     model: RPN, index: Index, read: ReadImage, cfg: TrainConfig, effective: bool
 ) -> tuple[Views, list[str]]:
     """What the cells see, and what there is to note of it."""
-    fields, measured, notes = None, None, []
-    try:
-        fields = receptive_fields(model)
-    except ConfigError as error:  # an operator that it does not know; measuring needs not to
-        notes.append(f"what cells see in theory is not known: {error}")
-    if effective:
-        on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-        model.to("cuda" if on_gpu else "cpu")
-        measured = measured_fields(model, index, read, cfg)
+    fields, notes = _fields(model)
+    measured = measured_fields(_on_device(model, cfg), index, read, cfg) if effective else None
     return Views(fields, measured), notes
+
+
+def _fields(model: RPN) -> tuple[list[ReceptiveField] | None, list[str]]:
+    try:
+        return receptive_fields(model), []
+    except ConfigError as error:  # an operator that it does not know; nothing else needs to
+        return None, [f"what cells see in theory is not known: {error}"]
+
+
+def _on_device(model: RPN, cfg: TrainConfig) -> RPN:
+    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    return model.to("cuda" if on_gpu else "cpu")
+
+
+def _follow(image: str, own: InspectArguments, typed: Sequence[str]) -> int:
+    """Follow one image through a trained network."""
+    if own.checkpoint is None:
+        raise ConfigError("image: expected checkpoint=WHERE, the network to follow it through, too")
+    if own.fit or own.effective:
+        raise ConfigError("image: expected neither fit nor effective, which look at a whole split")
+    source = find_pretrained(own.checkpoint)
+    cfg = configured(source, typed, needs_data=False)
+    has_data = source.brings_data or any(t.startswith("dataset") for t in typed)
+    index, read, row, known = find_image(image, own.split if has_data else None, cfg)
+    name = Path(index.file_name(row)).stem
+    folder = Path(f"{name}_inspect")
+    if source.brings_data:
+        folder = source.folder.with_name("inspect") / name
+    folder = Path(cfg.output_dir) if cfg.output_dir is not None else folder
+    make_folder(folder)
+    model = trained_model(cfg, source)
+    fields, notes = _fields(model)
+    seen = walk(_on_device(model, cfg), index, read, row, cfg, truth=known, seed=cfg.seed)
+    if seen.truth is None:
+        notes.append(
+            "its objects are not known, so what training makes of the anchors is not drawn"
+        )
+    elif seen.truth.targets is None:
+        notes.append("the loss of this method reads every anchor, so sampled ones are not drawn")
+    written = write_story(seen, fields, [f"Through {source.name}.", *notes], folder)
+    print("\n".join([f"{seen.name} through {source.name}", *(f"  * {note}" for note in notes)]))
+    print(f"written to {folder}: {', '.join(written)}")
+    return 0
+
+
+def find_image(
+    image: str, split: str | None, cfg: TrainConfig
+) -> tuple[Index, ReadImage, int, bool]:
+    """The index and row of an image, how to read it, and whether its objects are known.
+
+    Args:
+        image: file name, or path, of an image of the split; or any image file.
+        split: "train" or "val"; None: there is no data set.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    path, reason = Path(image).expanduser(), ""
+    if split is not None:
+        try:
+            index, read = open_split(cfg, split, "annotations")
+        except UserError as error:  # data that is not here any more: files need none
+            reason = f" ({split}: {error})"
+        else:
+            names, root = index.file_names(), index.root.resolve()
+            row = next((i for i, name in enumerate(names) if name == image), None)
+            if row is None and path.is_file() and path.resolve().is_relative_to(root):
+                below = path.resolve().relative_to(root).as_posix()
+                row = next((i for i, name in enumerate(names) if name == below), None)
+            if row is not None:
+                return index, read, row, True
+            reason = f"; the {split} split has {names[0]!r} and {len(names) - 1:,} others"
+    if not path.is_file():
+        raise ConfigError(f"image: expected a file, or an image of the data, got {image!r}{reason}")
+    index, read = open_files(str(path), cfg.data)
+    return index, read, 0, False
 
 
 def _tell(

@@ -13,11 +13,16 @@ import torch
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.config import TrainConfig
-from rpn_train.data.batch import Batch, EvalBatches
+from rpn_train.curves import figure_to_image
+from rpn_train.data.batch import Batch, EvalBatches, Unread
+from rpn_train.data.faults import counted
 from rpn_train.data.index import Index
+from rpn_train.data_report import FILE_NAME, DataReport
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, score
 from rpn_train.figures import DRAWN_PROPOSALS, draw_anchors, draw_detections
+from rpn_train.inspect.learning_figures import objectness_plate, sampled_plate
+from rpn_train.inspect.walk import walk
 from rpn_train.options import differences, to_mapping
 from rpn_train.recall import Recall
 from rpn_train.recall_report import recall_curves, recall_table
@@ -52,10 +57,8 @@ def describe_run(
         objects = int((~split.ignore).sum())
         ignored = f", {int(split.ignore.sum())} ignored" if split.ignore.any() else ""
         log.line(f"{name:<9} {len(split)} images, {objects} objects{ignored}")
-        for reason in split.dropped[:3]:
-            log.line(f"          left out: {reason}")
-        if len(split.dropped) > 3:
-            log.line(f"          ... {len(split.dropped)} left out in all")
+        if split.left_out:
+            log.line(f"          left out: {counted(split.left_out)}; {FILE_NAME} names them")
     log.line(
         f"schedule  {total} steps of {schedule.batch_size} images, {schedule.optimizer}, rate "
         f"{schedule.lr:g} x {schedule.batch_size} / {schedule.reference_batch} = {rate:g}"
@@ -79,10 +82,14 @@ def log_step(
     device: torch.device,
 ) -> None:
     """Means of the steps since the last time, and how fast they went."""
-    means = dict(zip(HISTORY, np.mean(state.history, axis=0).tolist(), strict=True))
+    rows = np.array(state.history)
+    done = rows[np.isfinite(rows).all(axis=1)]
+    nothing = np.full(len(HISTORY), np.nan)
+    means = dict(zip(HISTORY, (done.mean(axis=0) if len(done) else nothing).tolist(), strict=True))
     state.history = []
     loss = means["train/loss_objectness"] + means["train/loss_box"]
-    log.metrics(state.step, {"train/loss": loss, **means, "train/lr": lr})
+    skipped = {"train/skipped": len(rows) - len(done)} if len(done) < len(rows) else {}
+    log.metrics(state.step, {"train/loss": loss, **means, "train/lr": lr, **skipped})
     seconds = time.perf_counter() - clock.started
     speed = clock.steps * batch_size / seconds
     timing = {
@@ -92,7 +99,9 @@ def log_step(
     }
     log.timing(state.step, timing)
     left = (total - state.step) * batch_size / speed
-    log.progress(state.step, total, f"loss {loss:.4f}  rate {lr:.2g}  {speed:.1f} images/s", left)
+    said = f"  {len(rows) - len(done)} steps skipped" if skipped else ""
+    shown = f"loss {loss:.4f}  rate {lr:.2g}  {speed:.1f} images/s{said}"
+    log.progress(state.step, total, shown, left)
 
 
 def log_training_batch(
@@ -111,6 +120,7 @@ def log_training_batch(
 
 def log_evaluation(
     log: RunLog,
+    report: DataReport,
     state: RunState,
     cfg: TrainConfig,
     batches: EvalBatches,
@@ -126,10 +136,13 @@ def log_evaluation(
     state.evaluated = state.step
     if not ranks.is_main:
         return
+    report.note("evaluation", [Unread(one.row, one.fault) for one in found if one.fault])
     recall = score(as_arrays(found, batches.index), batches.index, cfg.eval)
     figures = recall.figures()
     log.metrics(state.step, {f"val/{k}": v for k, v in figures.items() if not k.startswith("num_")})
     log_pictures(log, recall, found, batches, cfg, state.step)
+    if cfg.eval.pictures and not found[0].fault:
+        log_walk(log, state, batches, cfg)
     write_json(folder / "recall.json", {"step": state.step, **figures})
     shown = "  ".join(f"AR@{n} {figures[f'ar_{n}']:.4f}" for n in cfg.eval.max_proposals)
     log.line(f"step {state.step}: {shown}  ({time.perf_counter() - started:.1f} s)")
@@ -152,6 +165,8 @@ def log_pictures(
         for name, picture in recall_curves({"": recall}, cfg.eval.protocol).items():
             log.image(f"curves/{name}", step, picture)
     for row in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)):
+        if found[row].fault:
+            continue
         objects = slice(index.box_offsets[row], index.box_offsets[row + 1])
         rank = recall.matched_rank[0, 0, objects]  # at IoU 0.5, all sizes
         picture = draw_detections(
@@ -164,6 +179,20 @@ def log_pictures(
             found=torch.from_numpy((rank >= 0) & (rank < DRAWN_PROPOSALS)),
         )
         log.image(f"proposals/{index.file_name(row)}", step, picture)
+
+
+def log_walk(log: RunLog, state: RunState, batches: EvalBatches, cfg: TrainConfig) -> None:
+    """Of the first image: objectness on every level, and at the anchors that training would sample.
+
+    Always the same ones, so that they can be watched over time.
+    """
+    seen = walk(state.judged, batches.index, batches.read, 0, cfg, truth=True, seed=cfg.seed)
+    shown = [objectness_plate(seen)]
+    if cfg.method.sampling != "all":
+        shown.append(sampled_plate(seen))
+    for plate in shown:
+        picture = figure_to_image(plate.figure)
+        log.image(f"{plate.name}/{seen.name}", state.step, picture)
 
 
 def finish_run(

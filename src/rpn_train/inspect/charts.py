@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-BINS_PER_DOUBLING = 2
+from rpn_train.inspect.panels import unit
 
-Colour = tuple[float, float, float]
+BINS_PER_DOUBLING = 2
 
 
 def new_figure(
@@ -27,12 +27,6 @@ def new_figure(
         height_ratios=[4, 1][:rows],
     )
     return figure, panels.tolist()
-
-
-def unit(colour: tuple[int, int, int]) -> Colour:
-    """A colour of 0..255 as matplotlib takes it."""
-    red, green, blue = colour
-    return red / 255, green / 255, blue / 255
 
 
 def doublings(lengths: NDArray[np.float32]) -> list[float]:

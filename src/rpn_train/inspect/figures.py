@@ -29,9 +29,10 @@ from rpn_train.figures import (
     contact_sheet,
     draw_detections,
 )
-from rpn_train.inspect.charts import doublings, legend, legend_above, log_px, mark, new_figure, unit
+from rpn_train.inspect.charts import doublings, legend, legend_above, log_px, mark, new_figure
 from rpn_train.inspect.inspection import Inspection
 from rpn_train.inspect.level_figures import effective_figure, levels_figure
+from rpn_train.inspect.panels import unit
 from rpn_train.recall import SIZES
 
 BEST_IOU_BINS = 40

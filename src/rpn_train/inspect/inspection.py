@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rpn_train.anchors import AnchorGrid, cell_anchors
 from rpn_train.build import assignment_rule
-from rpn_train.config import MethodConfig, TrainConfig
+from rpn_train.config import TrainConfig
 from rpn_train.data.index import Index
 from rpn_train.inspect.coverage import (
     Coverage,
@@ -28,6 +28,7 @@ from rpn_train.inspect.fit_anchors import AnchorFit, fit_anchors, image_size_adv
 from rpn_train.inspect.receptive_field import larger_anchors
 from rpn_train.inspect.split_summary import Fault, SplitSummary, Spread, spread, summarize_split
 from rpn_train.inspect.views import Views
+from rpn_train.method_config import MethodConfig
 
 SMALL_PX = 16.0  # under this an object is a few cells of the finest level
 POSITIVES_IMAGES = 500  # in which positive anchors are counted

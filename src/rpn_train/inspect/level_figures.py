@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from rpn_train.anchors import AnchorGrid, cell_anchors
 from rpn_train.figures import BLACK, BLUE, ORANGE, SKY_BLUE, VERMILLION
-from rpn_train.inspect.charts import legend, log_px, new_figure, unit
+from rpn_train.inspect.charts import legend, log_px, new_figure
 from rpn_train.inspect.inspection import Inspection, Level
+from rpn_train.inspect.panels import unit
 
 
 def levels_figure(inspection: Inspection) -> Figure:
