@@ -27,10 +27,10 @@ from rpn_train.distributed import start
 from rpn_train.model import RPN
 
 
-def count_gflop(forward: Callable[[], Iterable[Tensor]]) -> float:
+def count_gflop(forward: Callable[[], Iterable[Tensor | None]]) -> float:
     """10^9 operations (a multiplication and an addition are two), backward pass included."""
     with FlopCounterMode(display=False) as counter:
-        torch.stack([output.sum() for output in forward()]).sum().backward()
+        torch.stack([output.sum() for output in forward() if output is not None]).sum().backward()
     return counter.get_total_flops() / 1e9
 
 

@@ -32,8 +32,8 @@ from torch.testing import assert_close
 
 from rpn_train.distributed import start
 from rpn_train.model import autocast
+from rpn_train.objective import batch_losses
 from rpn_train.schedule import build_optimizer
-from rpn_train.step import batch_losses
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def check_losses(bench: Bench, theirs: TorchvisionRPN) -> None:
     cfg = replace(bench.cfg, precision="fp32")
     own_sampler = theirs.rpn.fg_bg_sampler
     with torch.backends.cudnn.flags(allow_tf32=False):
-        ours, picks = batch_losses(bench.state.model, bench.state.model.grid, bench.batch, cfg)
+        ours, picks = batch_losses(bench.state.model, bench.state.model.grid, bench.batch, cfg, 0.0)
 
         def our_sample(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             nowhere = torch.zeros_like(torch.stack(labels), dtype=torch.bool)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork, RPNHead
 
-from rpn_train.build import build_eval_batches, build_planner, open_split
+from rpn_train.build import build_eval_batches, build_planner
 from rpn_train.cli import compose_run
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch, EvalBatches, TrainBatches
@@ -44,6 +44,7 @@ from rpn_train.report import environment, flatten
 from rpn_train.run_log import write_json
 from rpn_train.run_state import RunState, build_state
 from rpn_train.schedule import build_optimizer
+from rpn_train.splits import open_split
 from rpn_train.step import Clock, prepare_network, training_step
 from rpn_train.stop import StopRequest
 from rpn_train.train import due, lr_of
@@ -98,7 +99,7 @@ def our_step(state: RunState, cfg: TrainConfig, ranks: Ranks) -> Step:
     network = prepare_network(state.model, cfg, ranks)
 
     def step(batch: Batch, lr: float) -> Tensor:
-        training_step(state, network, iter([batch]), cfg, lr, Clock(), ranks)
+        training_step(state, network, iter([batch]), cfg, lr, 0.0, Clock(), ranks)
         return state.pending.pop()[:2]
 
     return step
@@ -189,8 +190,8 @@ def evaluate_torchvision(
 
 def compare(cfg: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     """Train and evaluate both networks with one seed."""
-    index, read = open_split(cfg.dataset, "train", cfg.seed)
-    val_index, val_read = open_split(cfg.dataset, "val", cfg.seed)
+    index, read = open_split(cfg, "train", "train")
+    val_index, val_read = open_split(cfg, "val", "score")
     state = build_state(cfg, ranks.device)
     theirs = TorchvisionRPN(state.model, cfg)
     divisor = max(state.model.grid.strides)

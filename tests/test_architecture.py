@@ -12,21 +12,27 @@ SOURCE = Path(__file__).parents[1] / "src" / "rpn_train"
 # A module imports only from what stands before it.
 ORDER = [
     *["errors", "options", "stop", "whole_file"],
-    *["boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals", "recall"],
-    *["weights", "norms", "timm_body", "sparse", "backbones", "model", "detectors"],
-    *["data.index", "data.coco", "data.voc", "data.shapes", "data.files", "data.index_cache"],
+    *["boxes", "anchors", "windows", "overlaps", "targets", "dense_targets"],
+    *["losses", "dense_losses", "proposals", "recall"],
+    *["weights", "norms", "timm_body", "sparse", "backbones", "heads", "model", "detectors"],
+    *["data.box_faults", "data.faults", "data.index", "data.headers"],
+    *["data.coco", "data.voc", "data.shapes", "data.files", "data.index_cache"],
     *["data.transforms", "data.sampler", "data.batch", "data.loading"],
-    *["config", "distributed", "schedule", "checkpoint"],
-    *["run_log", "figures", "curves", "misses", "verify", "recall_report", "download"],
+    *["method_config", "config", "distributed", "schedule", "checkpoint"],
+    *["run_log", "data_report", "figures"],
+    *["curves", "misses", "verify", "recall_report", "download"],
     *["proposal_files", "array_pickle", "coco_results", "read_proposals"],
-    *["build", "pretrained", "evaluate", "run_state", "step", "report"],
+    *["splits", "build", "pretrained", "evaluate", "run_state", "objective", "step"],
+    *["inspect.walk", "inspect.panels", "inspect.learning_figures", "report"],
     *["inspect.receptive_field", "inspect.coverage", "inspect.fit_anchors", "inspect.charts"],
     *["inspect.split_summary", "inspect.views", "inspect.inspection", "inspect.findings"],
     *["inspect.page", "inspect.level_figures", "inspect.figures"],
+    *["inspect.network_figures", "inspect.proposal_figures", "inspect.diagram", "inspect.story"],
     *["train", "proposer", "scoring", "propose", "export"],
     *["compose", "run_folder", "shell", "cli", "cli_trained", "cli_inspect", "__main__"],
 ]
-CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "losses", "proposals"}
+CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "dense_targets"}
+CORE |= {"losses", "dense_losses", "proposals"}
 
 # What has one home, so that it can be replaced there and nowhere else needs to know it.
 HOMES = {

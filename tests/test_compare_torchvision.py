@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rpn_train.build import build_planner, open_split
+from rpn_train.build import build_planner
 from rpn_train.data.batch import TrainBatches
+from rpn_train.objective import batch_losses
 from rpn_train.run_state import build_state
-from rpn_train.step import batch_losses
+from rpn_train.splits import open_split
 
 CPU = torch.device("cpu")
 TINY = [
@@ -81,14 +82,14 @@ def test_two_steps_side_by_side(
 
 def test_with_our_sampler_the_losses_of_both_are_equal(script: ModuleType) -> None:
     cfg = script.compose(TINY)
-    index, read = open_split(cfg.dataset, "train", cfg.seed)
+    index, read = open_split(cfg, "train", "train")
     state = build_state(cfg, CPU)
     theirs = script.TorchvisionRPN(state.model, cfg).train()
     planner = build_planner(cfg, index, 64)
     batch: Any = TrainBatches(index, read, planner, rank=0, world=1, accumulate=1)[0]
     batch.gt_ignore[:, 0] = True  # a crowd is no object of either
     assert (batch.gt_valid & ~batch.gt_ignore).any()
-    ours, picks = batch_losses(state.model.train(), state.model.grid, batch, cfg)
+    ours, picks = batch_losses(state.model.train(), state.model.grid, batch, cfg, 0.0)
 
     def our_sampler(labels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         nothing = torch.zeros(len(labels), len(labels[0]), dtype=torch.bool)

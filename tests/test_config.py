@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -13,15 +13,21 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
 
 from rpn_train import cli
-from rpn_train.backbones import BACKBONES, build_backbone
-from rpn_train.build import open_split
+from rpn_train.anchors import AnchorGrid
+from rpn_train.backbones import BACKBONES, PYRAMIDS, build_backbone
+from rpn_train.build import build_model
 from rpn_train.config import BackboneConfig, DatasetConfig, TopNConfig, TrainConfig
-from rpn_train.errors import ConfigError, UserError
+from rpn_train.data.batch import Batch
+from rpn_train.errors import ConfigError, DataError, UserError
 from rpn_train.losses import box_loss
-from rpn_train.model import autocast
+from rpn_train.method_config import MethodConfig
+from rpn_train.model import Outputs, autocast
 from rpn_train.norms import Norm
+from rpn_train.objective import batch_losses
 from rpn_train.options import (
     describe_range,
     describe_type,
@@ -34,6 +40,8 @@ from rpn_train.options import (
 from rpn_train.read_proposals import read_proposals
 from rpn_train.recall import ObjectArrays, ProposalArrays, score_recall
 from rpn_train.schedule import build_optimizer, lr_at
+from rpn_train.splits import open_split
+from rpn_train.step import skips
 from rpn_train.targets import assign_dense
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -131,7 +139,9 @@ def test_what_is_in_range_comes_back(data: st.DataObject) -> None:
     except ConfigError as error:
         message = str(error)
     # at odds with another option perhaps, never with its own type or range
-    assert not message or " = " in message or "(lowest, highest)" in message
+    assert not message or any(
+        part in message for part in (" = ", "(lowest, highest)", "expected all with method.")
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,6 +300,8 @@ def test_preset(path: Path) -> None:
     assert "schedule.steps" not in keys, "a length in steps would hide the one in epochs"
     # a recipe states its numbers, whatever the defaults; other presets only what differs
     named = {"backbone.name", "dataset.format"}  # these say which preset it is
+    if path.parent.name == "method":
+        named.add("anchors.sizes")  # for its strides, whatever the data set brings
     if path.parent.name not in {"anchors", "schedule", "experiment"}:
         restated = sorted(key for key in keys - named if get(cfg, key) == get(default, key))
         assert restated == [], "a preset holds only what differs from the defaults"
@@ -308,7 +320,8 @@ def test_backbone_presets_are_the_backbones() -> None:
 
 def of_format(value: Any) -> str:
     try:
-        return f"{len(open_split(DatasetConfig(format=value), 'val', 0)[0])} drawn"
+        cfg = TrainConfig(dataset=DatasetConfig(format=value))
+        return f"{len(open_split(cfg, 'val', 'score')[0])} drawn"
     except UserError as error:
         return str(error)
 
@@ -340,7 +353,8 @@ def of_border(value: Any) -> list[int]:
 def of_box_loss(value: Any) -> float:
     anchor = torch.tensor([[[0.0, 0, 10, 10]]])
     yes = torch.tensor([[True]])
-    return box_loss(torch.full((1, 1, 4), 0.5), anchor, anchor, yes, kind=value, beta=1.0).item()
+    deltas, options = torch.full((1, 1, 4), 0.5), {"beta": 1.0, "stds": (1.0,) * 4}
+    return box_loss(deltas, anchor, anchor, yes, kind=value, **options).item()
 
 
 def of_protocol(value: Any) -> float:
@@ -354,7 +368,7 @@ def of_protocol(value: Any) -> float:
 
 
 def of_match(value: Any) -> str:
-    index, _ = open_split(DatasetConfig(), "val", 0)
+    index, _ = open_split(TrainConfig(), "val", "score")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.json"
         row = {"image_id": int(index.image_ids[0]), "bbox": [0, 0, 5, 5], "score": 1}
@@ -378,7 +392,58 @@ def of_device(value: Any) -> tuple[int, bool]:
         return processes, True
 
 
+def of_data(key: str, value: Any) -> Any:
+    """One that is black on the left or, EXIF applied, on the right; a sound box and a faulty."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, exif = Path(folder), Image.Exif()
+        exif[0x0112] = 3  # upside down
+        Image.linear_gradient("L").rotate(90).save(root / "a.png", exif=exif)
+        boxes = [[0, 0, 5, 5], [0, 0, 0, 5]]
+        rows = [{"id": i, "image_id": 1, "category_id": 1, "bbox": b} for i, b in enumerate(boxes)]
+        images = [{"id": 1, "file_name": "a.png", "height": 256, "width": 256}]
+        (root / "a.json").write_text(json.dumps({"images": images, "annotations": rows}))
+        split = {"images": folder, "annotations": f"{folder}/a.json"}
+        data_set = {"format": "coco", "train": split}
+        cfg = from_mapping(TrainConfig, {"dataset": data_set, "data": {key: value}})
+        try:
+            index, read_row = open_split(cfg, "train", "train")
+        except DataError:
+            return None
+        return len(index.areas), read_row(0)[0, 0, 0].item()
+
+
+def of_losses(name: str) -> Callable[[Any], list[float]]:
+    """What a batch costs, at random outputs."""
+
+    def losses(value: Any) -> list[float]:
+        rng = torch.Generator().manual_seed(0)
+        cfg = TrainConfig(method=MethodConfig(**{"sampling": "all", name: value}))
+        grid = AnchorGrid(((32.0,),), (1.0,), (16,), True)
+        logits, deltas = torch.randn(1, 16, generator=rng), torch.randn(1, 16, 4, generator=rng)
+
+        def network(images: torch.Tensor, at: torch.Tensor | None) -> Outputs:
+            taken = torch.arange(16)[None] if at is None else at
+            return Outputs(logits.gather(1, taken), deltas[0, taken])
+
+        yes = torch.ones(1, 1, dtype=torch.bool)
+        batch = Batch(
+            images=torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+            sizes=torch.tensor([[64, 64]]),
+            gt_boxes=torch.tensor([[[2.0, 2, 30, 37]]]),
+            gt_valid=yes,
+            gt_ignore=~yes,
+            seeds=torch.tensor([1]),
+            rows=torch.tensor([0]),
+        )
+        found, picks = batch_losses(cast(nn.Module, network), grid, batch, cfg, 0.9)
+        return [*map(float, found[:2]), float(picks.positive.sum())]
+
+    return losses
+
+
 CHOICES: dict[str, Callable[[Any], Any]] = {
+    "data.on_error": functools.partial(of_data, "on_error"),
+    "data.exif": functools.partial(of_data, "exif"),
     "dataset.format": of_format,
     "backbone.norm": of_norm,
     "method.border": of_border,
@@ -391,8 +456,17 @@ CHOICES: dict[str, Callable[[Any], Any]] = {
     ),
     "eval.protocol": of_protocol,
     "eval.match": of_match,
-    "eval.split": lambda value: len(open_split(DatasetConfig(), value, 0)[0]),
+    "eval.split": lambda value: len(open_split(TrainConfig(), value, "score")[0]),
     "device": of_device,
+    "backbone.pyramid": lambda value: PYRAMIDS[value],
+    "method.head": lambda value: type(
+        build_model(TrainConfig(method=MethodConfig(head=value, sampling="all"))).rpn["head"]
+    ),
+    "method.assignment": of_losses("assignment"),
+    "method.sampling": of_losses("sampling"),
+    "method.objectness_loss": of_losses("objectness_loss"),
+    "method.objectness_target": of_losses("objectness_target"),
+    "on_nonfinite": lambda value: skips(TrainConfig(on_nonfinite=value)),
     "precision": lambda value: str(vars(autocast(value, torch.device("cpu")))),
 }
 

@@ -16,15 +16,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from rpn_train import step
+from rpn_train import objective
 from rpn_train.build import build_model
 from rpn_train.config import BackboneConfig, ScheduleConfig, TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import propose_batch
 from rpn_train.model import RPN, Outputs
+from rpn_train.objective import batch_losses
 from rpn_train.run_state import build_state
-from rpn_train.step import Clock, batch_losses, training_step
+from rpn_train.step import Clock, training_step
 
 META = torch.device("meta")
 BATCH = 2
@@ -57,7 +58,7 @@ def draw_batch(canvas: tuple[int, int], objects: int) -> Batch:
 @pytest.fixture(autouse=True)
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is none for the meta device; float32 does not need it."""
-    monkeypatch.setattr(step, "autocast", lambda precision, device: nullcontext())
+    monkeypatch.setattr(objective, "autocast", lambda precision, device: nullcontext())
 
 
 class Everywhere(nn.Module):
@@ -68,7 +69,7 @@ class Everywhere(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, at: Tensor) -> Outputs:
-        logits, deltas = self.model(images)
+        logits, deltas, _ = self.model(images)
         return Outputs(logits.gather(1, at), torch.take_along_dim(deltas, at[..., None], 1))
 
 
@@ -97,7 +98,7 @@ class Operations(TorchDispatchMode):
 
 def step_flops(network: nn.Module, model: RPN, batch: Batch, cfg: TrainConfig) -> int:
     with FlopCounterMode(display=False) as counter:
-        losses, _ = batch_losses(network, model.grid, batch, cfg)
+        losses, _ = batch_losses(network, model.grid, batch, cfg, 0.0)
         (losses.objectness + losses.box).backward()
     return counter.get_total_flops()
 
@@ -138,7 +139,7 @@ def test_a_step_makes_no_proposals() -> None:
     state, batch = build_state(cfg, torch.device("cpu")), draw_batch((64, 128), 3)
     ranks = Ranks(0, 1, torch.device("cpu"))
     with Operations() as training:
-        training_step(state, state.model, iter([batch]), cfg, 0.01, Clock(), ranks)
+        training_step(state, state.model, iter([batch]), cfg, 0.01, 0.0, Clock(), ranks)
     with Operations() as evaluation:
         propose_batch(state.model, batch, cfg)
     assert training.calls["aten::convolution_backward"] > 20
@@ -151,9 +152,9 @@ def count_targets(objects: int, device: torch.device) -> Operations:
     cfg = config("resnet18_fpn")
     grid = build_model(cfg).grid
     batch = draw_batch((512, 640), objects).to(device)
-    batch_losses(Nothing(), grid, batch, cfg)  # makes the anchors, which stay
+    batch_losses(Nothing(), grid, batch, cfg, 0.0)  # makes the anchors, which stay
     with Operations() as counted:
-        batch_losses(Nothing(), grid, batch, cfg)
+        batch_losses(Nothing(), grid, batch, cfg, 0.0)
     return counted
 
 

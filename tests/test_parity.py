@@ -19,8 +19,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.backbones import build_backbone
 from rpn_train.boxes import decode
+from rpn_train.heads import RPNHead
 from rpn_train.losses import rpn_losses
-from rpn_train.model import RPN, Outputs, RPNHead, autocast, normalize_images
+from rpn_train.model import RPN, Outputs, autocast, normalize_images
 from rpn_train.proposals import make_proposals
 from rpn_train.targets import assign, random_keys, sample
 
@@ -37,7 +38,7 @@ RULE = {
     "ignore_ioa": 0.5,
     "border": "use",
 }
-BOX_OPTIONS = {"box_kind": "smooth_l1", "beta": 1 / 9, "box_weight": 1.0}
+BOX_OPTIONS = {"box_kind": "smooth_l1", "beta": 1 / 9, "stds": (1.0,) * 4, "box_weight": 1.0}
 
 
 class C4(nn.Module):
@@ -193,7 +194,7 @@ def test_losses_and_gradients(pair, images):
     assert picks.positive[0].sum() >= 9
 
     ours.zero_grad()
-    logits, deltas = ours(normalize_images(images, SIZES), at=picks.at)
+    logits, deltas, _ = ours(normalize_images(images, SIZES), at=picks.at)
     losses = rpn_losses(
         logits,
         deltas,
@@ -232,7 +233,8 @@ def test_proposals(pair, images):
         image_list = torchvision_input(theirs, images)
         expected = theirs.rpn(image_list, theirs.backbone(image_list.tensors))[0]
     found = make_proposals(
-        *outputs,
+        outputs.logits,
+        outputs.deltas,
         grid_anchors(ours.grid, CANVAS, CPU),
         ours.grid.level_lengths(CANVAS),
         SIZES,

@@ -12,6 +12,7 @@ from torchvision.ops import SqueezeExcitation
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import build_backbone
 from rpn_train.errors import ConfigError
+from rpn_train.heads import RPNHead
 from rpn_train.inspect.receptive_field import (
     EffectiveField,
     ReceptiveField,
@@ -21,7 +22,7 @@ from rpn_train.inspect.receptive_field import (
     larger_anchors,
     receptive_fields,
 )
-from rpn_train.model import RPN, RPNHead
+from rpn_train.model import RPN
 
 
 def rpn(name, **options):

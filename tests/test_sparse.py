@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import build_backbone
-from rpn_train.model import RPN, RPNHead
+from rpn_train.heads import RPNHead
+from rpn_train.model import RPN
 from rpn_train.sparse import stack_at
 
 SIZES = {"resnet18_fpn": ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)), "resnet18_c4": ((32.0,),)}
@@ -29,7 +30,7 @@ def outputs_and_gradients(model: RPN, images: Tensor, at: Tensor, sparse: bool) 
     model = copy.deepcopy(model)
     if not sparse:
         model._num_sparse = lambda merged, slots: 0  # type: ignore[method-assign]
-    logits, deltas = model(images, at=at)
+    logits, deltas, _ = model(images, at=at)
     weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
     ((logits * weights).sum() + (deltas.square() * weights[..., None]).sum()).backward()
     return [logits, deltas, *(p.grad for p in model.parameters() if p.grad is not None)]

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.backbones import build_backbone
-from rpn_train.model import RPN, RPNHead
+from rpn_train.heads import RPNHead
+from rpn_train.model import RPN
 from rpn_train.proposals import make_proposals
 
 STRIDE = 16
@@ -33,7 +34,7 @@ def outputs_of():
         image = torch.zeros(1, 3, *CANVAS)
         row, column = ROW + down, COLUMN + right
         image[0, :, row : row + CONTENT, column : column + CONTENT] = content
-        logits, deltas = model(image)
+        logits, deltas, _ = model(image)
         found = make_proposals(
             logits,
             deltas,

@@ -7,12 +7,14 @@ pyramid on top (`fpn`), under the state-dict keys of torchvision's detectors.
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from rpn_train.errors import ConfigError
 from rpn_train.norms import NORMS, Norm, fold_norms
@@ -20,13 +22,20 @@ from rpn_train.sparse import Lateral
 from rpn_train.timm_body import timm_body
 from rpn_train.weights import load_body, read_weights
 
+Pyramid = Literal["p2_p6", "p3_p7"]
+PYRAMIDS: dict[Pyramid, tuple[int, ...]] = {  # their strides
+    "p2_p6": (4, 8, 16, 32, 64),
+    "p3_p7": (8, 16, 32, 64, 128),
+}
+
 
 class Backbone(nn.Module):
     """Images to feature maps, fine to coarse.
 
-    A body of four maps (strides 4 to 32) gets a feature pyramid (Lin et al. 2017) whose fifth map
-    subsamples the fourth; a body of one map (stride 16) is used as it is. `stage_ends` names the
-    last child of the body in each stage that can be frozen.
+    A body of four maps (strides 4 to 32) gets a feature pyramid. "p2_p6" (Lin et al. 2017) has
+    their strides, and a fifth map that subsamples the fourth; "p3_p7" (RetinaNet, Lin et al. 2017b)
+    leaves out the finest and adds two by convolutions of stride 2. A body of one map (stride 16)
+    is used as it is. `stage_ends` names the last child of the body in each stage that can freeze.
 
     Attributes:
         out_channels: channels of every map that comes out.
@@ -40,17 +49,23 @@ class Backbone(nn.Module):
         channels: Sequence[int],
         stage_ends: Sequence[str] = (),
         channels_last: bool = False,
+        pyramid: Pyramid = "p2_p6",
         fpn_norm: Norm | None = None,
     ) -> None:
         super().__init__()
         assert len(channels) in (1, 4)
-        pyramid = len(channels) == 4
-        self.out_channels: int = 256 if pyramid else channels[0]
-        self.strides: tuple[int, ...] = (4, 8, 16, 32, 64) if pyramid else (16,)
+        has_pyramid = len(channels) == 4
+        self.out_channels: int = 256 if has_pyramid else channels[0]
+        self.strides: tuple[int, ...] = PYRAMIDS[pyramid] if has_pyramid else (16,)
         self.body = body
+        self._finest = (
+            1 if has_pyramid and pyramid == "p3_p7" else 0
+        )  # map of the body that is used
+        extra = LastLevelP6P7(256, 256) if self._finest else None
         fpn_layer = None if fpn_norm is None else partial(NORMS[fpn_norm], eps=1e-5)
-        self.fpn = FeaturePyramidNetwork([*channels], 256, None, fpn_layer) if pyramid else None
-        self._norm_in_fpn = pyramid and fpn_norm is not None
+        used = [*channels[self._finest :]]
+        self.fpn = FeaturePyramidNetwork(used, 256, extra, fpn_layer) if has_pyramid else None
+        self._norm_in_fpn = has_pyramid and fpn_norm is not None
         self._stage_ends = tuple(stage_ends)
         self._frozen: tuple[str, ...] = ()
         self._channels_last = channels_last
@@ -71,8 +86,8 @@ class Backbone(nn.Module):
     def merge(self, images: Tensor) -> list[Tensor | Lateral]:
         """The maps before the last convolutions of the pyramid: [B, C, H/s, W/s], fine to coarse.
 
-        Without a pyramid they are the output; with one, the fifth level is not yet among them, and
-        the first has not been computed yet.
+        Without a pyramid they are the output; with one, the levels that are made of the last are
+        not yet among them, and the first has not been computed yet.
         """
         maps = self.body(images)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
@@ -80,6 +95,7 @@ class Backbone(nn.Module):
             maps = [m.permute(0, 3, 1, 2) for m in maps]  # [B, H, W, C] -> [B, C, H, W]
         if self.fpn is None:
             return maps
+        maps = maps[self._finest :]
         inner = self.fpn.inner_blocks
         merged = [inner[-1](maps[-1])]  # coarse to fine
         for i in range(len(maps) - 2, 0, -1):
@@ -93,7 +109,10 @@ class Backbone(nn.Module):
             return wanted
         blocks = [*self.fpn.layer_blocks][first:]
         levels = [block(m) for block, m in zip(blocks, wanted, strict=True)]
-        return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
+        if self.fpn.extra_blocks is None:
+            return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
+        p6 = self.fpn.extra_blocks.p6(levels[-1])
+        return [*levels, p6, self.fpn.extra_blocks.p7(F.relu(p6))]
 
     def last_convolutions(self, level: int) -> list[tuple[nn.Conv2d, bool]] | None:
         """The 3x3 convolutions between `merge` and `finish`, and whether a ReLU follows each.
@@ -133,6 +152,7 @@ def build_backbone(
     frozen_stages: int,
     norm: Norm,
     norm_eps: float | None = None,
+    pyramid: Pyramid = "p2_p6",
     fpn_norm: Norm | None = None,
 ) -> Backbone:
     """Build a backbone by name.
@@ -151,7 +171,8 @@ def build_backbone(
             group trains on GPUs only. timm does not offer `gn`.
         norm_eps: added to the variance; None: as the network was made. 0 for torchvision's
             detectors of 2019. Not for timm.
-        fpn_norm: the same of the pyramid; None: no norm there, as in the paper.
+        pyramid: which levels; ignored by a network that has none.
+        fpn_norm: the norm of the pyramid; None: no norm there, as in the paper.
 
     Raises:
         ConfigError: there is no such name, or it does not offer what is asked of it.
@@ -161,9 +182,13 @@ def build_backbone(
         if norm_eps is not None:
             raise ConfigError(f"backbone.norm_eps: expected null for timm, got {norm_eps:g}")
         body, channels, nhwc = timm_body(name.removeprefix("timm:"), weights=weights, norm=norm)
-        backbone = Backbone(body, channels=channels, channels_last=nhwc, fpn_norm=fpn_norm)
+        backbone = Backbone(
+            body, channels=channels, channels_last=nhwc, pyramid=pyramid, fpn_norm=fpn_norm
+        )
     elif name in BACKBONES:
-        backbone = BACKBONES[name](weights=weights, norm=norm, norm_eps=norm_eps, fpn_norm=fpn_norm)
+        backbone = BACKBONES[name](
+            weights=weights, norm=norm, norm_eps=norm_eps, pyramid=pyramid, fpn_norm=fpn_norm
+        )
     else:
         expected = " | ".join(map(repr, [*BACKBONES, "timm:<name>"]))
         close = difflib.get_close_matches(name, BACKBONES, n=1)
@@ -184,6 +209,7 @@ def _from_torchvision(
     weights: str | None,
     norm: Norm,
     norm_eps: float | None,
+    pyramid: Pyramid,
     fpn_norm: Norm | None,
 ) -> Backbone:
     """Cut the torchvision network `arch` after its last stage.
@@ -210,6 +236,7 @@ def _from_torchvision(
         channels=channels,
         stage_ends=stage_ends,
         channels_last=channels_last,
+        pyramid=pyramid,
         fpn_norm=fpn_norm,
     )
 

@@ -150,12 +150,22 @@ def compose(typed: Sequence[str]) -> dict[str, Any]:
         for a in typed
     ]
     ConfigStore.instance().store(name="schema", node=to_mapping(TrainConfig()))
+    without_method = [a for a in typed if not a.startswith("method=")]
+    typed_anchors = any(a.startswith("anchors=") for a in typed)
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
-            composed = hydra_compose("train", overrides=[*typed])
-        return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+            composed = _composed(typed)
+            if typed_anchors and len(without_method) < len(typed):
+                # a method brings anchors too, and what is typed wins
+                composed["anchors"] = _composed(without_method)["anchors"]
+        return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _composed(typed: Sequence[str]) -> dict[str, Any]:
+    composed = hydra_compose("train", overrides=[*typed])
+    return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
 
 
 def lay_over(

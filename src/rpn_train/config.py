@@ -4,10 +4,14 @@ Files in `configs/` and what a person types hold only differences from this. Len
 of the resized image, shares are 0..1.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rpn_train.backbones import Pyramid
+from rpn_train.data.headers import MAX_PIXELS
 from rpn_train.errors import ConfigError
+from rpn_train.method_config import MethodConfig
 from rpn_train.options import option
 
 
@@ -42,6 +46,22 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    on_error: Literal["skip", "raise"] = option(
+        "skip", "faulty boxes and images: leave them out and name them, or stop at the first"
+    )
+    max_bad_fraction: float = option(
+        0.01, "a larger share of images that cannot be used is an error", low=0, high=1
+    )
+    exif: Literal["ignore", "apply"] = option(
+        "ignore", "orientation in image files: boxes refer to pixels as stored, or as turned"
+    )
+    max_pixels: int = option(
+        MAX_PIXELS, "larger images are faulty (bombs; Pillow's limit)", low=1, high=MAX_PIXELS
+    )
+
+
+@dataclass(frozen=True)
 class ImageConfig:
     short_side: int = option(800, "shorter side after resizing, px", low=16)
     max_side: int = option(1333, "longer side after resizing at most, px", low=16)
@@ -73,6 +93,9 @@ class BackboneConfig:
     norm_eps: float | None = option(
         None, "added to the variance by batch norm; null: as the network was made", low=0
     )
+    pyramid: Pyramid = option(
+        "p2_p6", "levels of the feature pyramid: strides 4 to 64, or 8 to 128 (RetinaNet)"
+    )
     fpn_norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] | None = option(
         None, "normalisation of the feature pyramid; null: none (the paper)"
     )
@@ -92,29 +115,6 @@ class AnchorsConfig:
     rounded: bool = option(
         True, "cell anchors in whole pixels as in torchvision (needed to exchange weights)"
     )
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    num_convs: int = option(1, "3x3 convolutions of the head before its two branches", low=1)
-    channels: int | None = option(None, "channels of the head; null: the backbone's", low=1)
-    fg_iou: float = option(0.7, "an anchor is positive from this IoU on", low=0, high=1)
-    bg_iou: float = option(0.3, "an anchor is background below this IoU", low=0, high=1)
-    force_best: bool = option(True, "the best anchors of each object are positive in any case")
-    forced_min_iou: float = option(
-        0.0, "but only if their IoU is above 0 and at least this", low=0, high=1
-    )
-    ignore_ioa: float = option(
-        0.5, "an anchor with this share of its area in a crowd box is ignored", above=0, high=1
-    )
-    border: Literal["use", "ignore"] = option(
-        "use", "anchors that cross the image border: train on them, or not (the paper)"
-    )
-    num_samples: int = option(256, "anchors sampled per image", low=1)
-    fg_fraction: float = option(0.5, "positives among them at most", above=0, high=1)
-    box_loss: Literal["smooth_l1", "l1", "giou"] = option("smooth_l1", "regression loss")
-    smooth_l1_beta: float = option(1 / 9, "where smooth-L1 turns from square to line", above=0)
-    box_weight: float = option(1.0, "regression loss against objectness loss", low=0)
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,13 @@ class TrainConfig:
     keep_checkpoints: int = option(
         2, "newest checkpoints that stay: last.pt, last.1.pt (which stands in for it) ...", low=1
     )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "a step whose gradient is not finite ends the run, or is left out (always in fp16)"
+    )
+    max_skipped: int = option(20, "steps in a row that may be left out", low=1)
     eval_at_start: bool = option(True, "score the untrained network first, as the baseline")
     dataset: DatasetConfig = DatasetConfig()
+    data: DataConfig = DataConfig()
     image: ImageConfig = ImageConfig()
     augment: AugmentConfig = AugmentConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -214,33 +219,34 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
-        if self.image.max_side < self.image.short_side:
-            raise ConfigError(
-                f"image.max_side: expected at least image.short_side = {self.image.short_side}, "
-                f"got {self.image.max_side}"
-            )
-        if self.method.bg_iou > self.method.fg_iou:
-            raise ConfigError(
-                f"method.bg_iou: expected at most method.fg_iou = {self.method.fg_iou}, "
-                f"got {self.method.bg_iou}"
-            )
-        if self.eval.verify and self.eval.protocol != "coco":
-            raise ConfigError(
-                "eval.verify: expected false with eval.protocol=greedy, which pycocotools has not"
-            )
-        if self.augment.scale[0] > self.augment.scale[1]:
-            raise ConfigError(
-                f"augment.scale: expected (lowest, highest), got {self.augment.scale}"
-            )
-        top = self.proposals.train if self.eval.split == "train" else self.proposals.test
-        if max(self.eval.max_proposals) > top.post_nms:
-            raise ConfigError(
-                f"eval.max_proposals: expected at most proposals."
-                f"{'train' if self.eval.split == 'train' else 'test'}.post_nms = {top.post_nms}, "
-                f"got {max(self.eval.max_proposals)}"
-            )
-        if self.schedule.batch_size % self.schedule.accumulate:
-            raise ConfigError(
-                f"schedule.batch_size: expected a multiple of schedule.accumulate = "
-                f"{self.schedule.accumulate}, got {self.schedule.batch_size}"
-            )
+        for holds, message in (*self._image_rules(), *self._eval_rules()):
+            if not holds:
+                raise ConfigError(message)
+
+    def _image_rules(self) -> Iterator[tuple[bool, str]]:
+        image, scale, schedule = self.image, self.augment.scale, self.schedule
+        yield (
+            image.max_side >= image.short_side,
+            f"image.max_side: expected at least image.short_side = {image.short_side}, "
+            f"got {image.max_side}",
+        )
+        yield scale[0] <= scale[1], f"augment.scale: expected (lowest, highest), got {scale}"
+        yield (
+            schedule.batch_size % schedule.accumulate == 0,
+            f"schedule.batch_size: expected a multiple of schedule.accumulate = "
+            f"{schedule.accumulate}, got {schedule.batch_size}",
+        )
+
+    def _eval_rules(self) -> Iterator[tuple[bool, str]]:
+        yield (
+            not self.eval.verify or self.eval.protocol == "coco",
+            "eval.verify: expected false with eval.protocol=greedy, which pycocotools has not",
+        )
+        of = "train" if self.eval.split == "train" else "test"
+        post_nms = getattr(self.proposals, of).post_nms
+        most = max(self.eval.max_proposals)
+        yield (
+            most <= post_nms,
+            f"eval.max_proposals: expected at most proposals.{of}.post_nms = {post_nms}, "
+            f"got {most}",
+        )

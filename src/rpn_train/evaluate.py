@@ -28,11 +28,15 @@ from rpn_train.stop import StopRequest
 
 @dataclass(frozen=True)
 class ImageProposals:
-    """Proposals of one image, best first: boxes float32 [K, 4] xyxy px of the image as stored."""
+    """Proposals of one image, best first: boxes float32 [K, 4] xyxy px of the image as stored.
+
+    fault: why there are none, of an image that could not be read; else empty.
+    """
 
     row: int
     boxes: np.ndarray
     logits: np.ndarray
+    fault: str = ""
 
 
 @dataclass
@@ -75,7 +79,7 @@ def propose_batch(
         outputs = model.forward(images)
     between = 0.0 if times is None else _now(device)
     proposals = make_proposals(
-        outputs.logits,
+        outputs.scores,
         outputs.deltas,
         grid_anchors(model.grid, batch.canvas, device),
         model.grid.level_lengths(batch.canvas),
@@ -109,12 +113,16 @@ def in_stored_pixels(
     batch: Batch, found: list[Proposals], index: Index
 ) -> Iterator[ImageProposals]:
     """Proposals of the images of a batch, mapped back to the images as stored."""
+    faults = dict(batch.unread)
     for row, size, (boxes, logits) in zip(
         batch.rows.tolist(), batch.sizes.tolist(), found, strict=True
     ):
         stored_height, stored_width = index.sizes[row].tolist()
         factor = torch.tensor([stored_width / size[1], stored_height / size[0]] * 2)
-        yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy())
+        fault = faults.get(row)
+        if fault is not None:
+            boxes, logits = boxes[:0], logits[:0]
+        yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy(), fault or "")
 
 
 def as_arrays(found: list[ImageProposals], index: Index) -> ProposalArrays:

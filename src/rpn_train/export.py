@@ -109,7 +109,8 @@ class ProposalNetwork(nn.Module):
     def _candidates(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The best P = pre_nms of each level: boxes [B, L, P, 4]; logits [B, L, P], -inf: none."""
         canvas, grid = (images.shape[2], images.shape[3]), self.network.grid
-        logits, deltas = self.network(normalize_images(images, sizes))
+        outputs = self.network(normalize_images(images, sizes))
+        logits, deltas = outputs.scores, outputs.deltas
         anchors = grid_anchors.__wrapped__(grid, canvas, images.device)  # its cache wants numbers
         # at all anchors, so that it fails in any runtime where the levels do not fit the canvas
         boxes = clip(decode(deltas, anchors), sizes[:, None])  # [B, R, 4]

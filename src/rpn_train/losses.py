@@ -6,14 +6,20 @@ without objects gives 0, not NaN. With all slots filled this equals torchvision'
 of the paper goes with the paper's other normaliser, and is 1 here.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpn_train.boxes import decode, encode, generalized_iou
+from rpn_train.boxes import centers_and_sizes, decode, encode, generalized_iou
+from rpn_train.overlaps import _iou
 from rpn_train.targets import Picks
+
+# The least denominator of complete IoU's weight, which is 0 / 0 for equal boxes.
+_EPSILON = 1e-7
 
 
 class Losses(NamedTuple):
@@ -31,27 +37,81 @@ def objectness_loss(logits: Tensor, picks: Picks) -> Tensor:
     return (each * picks.valid).sum()
 
 
-def box_loss(
-    deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, positive: Tensor, *, kind: str, beta: float
+def complete_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU less a distance of centres and a difference of ratios: pairs [..., 4] -> [...].
+
+    Zheng et al. 2020 (Distance-IoU, section 3.3). The weight of the ratios has no gradient, as in
+    torchvision, whose loss indexes by masks and so waits for the GPU. NaN where both boxes are
+    without extent.
+    """
+    iou = _iou(boxes, others)
+    centers, sizes = centers_and_sizes(boxes)
+    other_centers, other_sizes = centers_and_sizes(others)
+    hull = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(
+        boxes[..., :2], others[..., :2]
+    )
+    distance = (centers - other_centers).square().sum(-1) / hull.square().sum(-1)
+    # the angle of a diagonal: atan(width / height) with a gradient where a height is 0
+    angle = torch.atan2(sizes[..., 0], sizes[..., 1])
+    other_angle = torch.atan2(other_sizes[..., 0], other_sizes[..., 1])
+    ratios = (2 / math.pi * (angle - other_angle)).square()
+    weight = (ratios / (1 - iou + ratios).clamp(min=_EPSILON)).detach()
+    return iou - distance - weight * ratios
+
+
+# Kinds of box loss that are 1 less a similarity of the decoded box and its object.
+SIMILARITIES = {"iou": _iou, "giou": generalized_iou, "ciou": complete_iou}
+
+
+def box_errors(
+    deltas: Tensor,
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    positive: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    stds: Sequence[float],
 ) -> Tensor:
-    """Sum over positive slots of the regression loss: a scalar.
+    """Regression loss of each anchor: float32 [...], 0 where it is not positive.
 
     Args:
-        deltas: predictions [B, S, 4]. anchors, gt_boxes: [B, S, 4] xyxy px, of each slot; gt_boxes
-            may hold anything where positive [B, S] is false.
-        kind: "smooth_l1" (Girshick 2015, with `beta` where the square ends), "l1", or "giou"
-            (Rezatofighi et al. 2019, on decoded boxes).
+        deltas: predictions [..., 4]. anchors, gt_boxes: [..., 4] xyxy px, of each prediction;
+            gt_boxes and deltas may hold anything where positive [...] is false.
+        kind: "smooth_l1" (Girshick 2015, with `beta` where the square ends) or "l1", summed over
+            the four deltas; "iou" (1 - IoU), "giou" (Rezatofighi et al. 2019) or "ciou" (Zheng et
+            al. 2020) of the decoded boxes.
+        stds: of "smooth_l1" and "l1" the divisors of the four differences (the targets' standard
+            deviations: small ones make the same difference cost more).
     """
-    deltas = deltas.float()
-    # a slot without object aims at its own anchor: finite values, whose loss is masked below
+    # what has no object predicts its own anchor and aims at it: finite values and gradients
+    deltas = torch.where(positive[..., None], deltas.float(), 0.0)
     target_boxes = torch.where(positive[..., None], gt_boxes, anchors)
-    if kind == "giou":
-        each = 1 - generalized_iou(decode(deltas, anchors), target_boxes)
+    if kind in SIMILARITIES:
+        each = 1 - SIMILARITIES[kind](decode(deltas, anchors), target_boxes)
     else:
-        targets = encode(target_boxes, anchors)
+        differences = (deltas - encode(target_boxes, anchors)).unbind(-1)
+        # by numbers: a tensor of them would have to be copied to the GPU, which waits
+        scaled = torch.stack([d / std for d, std in zip(differences, stds, strict=True)], dim=-1)
         beta = beta if kind == "smooth_l1" else 0.0
-        each = F.smooth_l1_loss(deltas, targets, beta=beta, reduction="none").sum(-1)
-    return torch.where(positive, each, 0.0).sum()
+        each = F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=beta, reduction="none").sum(
+            -1
+        )
+    return torch.where(positive, each, 0.0)
+
+
+def box_loss(
+    deltas: Tensor,
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    positive: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    stds: Sequence[float],
+) -> Tensor:
+    """Sum over positive slots of `box_errors`: a scalar. deltas, anchors, gt_boxes: [B, S, 4]."""
+    return box_errors(deltas, anchors, gt_boxes, positive, kind=kind, beta=beta, stds=stds).sum()
 
 
 def rpn_losses(
@@ -64,6 +124,7 @@ def rpn_losses(
     *,
     box_kind: str,
     beta: float,
+    stds: Sequence[float],
     box_weight: float,
     normalizer: float,
 ) -> Losses:
@@ -72,9 +133,12 @@ def rpn_losses(
     Args:
         logits, deltas: [B, S] and [B, S, 4], at `picks.at`.
         anchors: [R, 4]. gt_boxes: [B, G, 4]. matches: int64 [B, R], rows of gt_boxes.
+        box_kind, beta, stds: of `box_errors`.
         normalizer: slots per image x images of the whole batch, over all processes.
     """
     matched = matches.gather(1, picks.at)  # [B, S]
     gt = gt_boxes.gather(1, matched[..., None].expand(-1, -1, 4))  # [B, S, 4]
-    box = box_loss(deltas, anchors[picks.at], gt, picks.positive, kind=box_kind, beta=beta)
+    box = box_loss(
+        deltas, anchors[picks.at], gt, picks.positive, kind=box_kind, beta=beta, stds=stds
+    )
     return Losses(objectness_loss(logits, picks) / normalizer, box * box_weight / normalizer)

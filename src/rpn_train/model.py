@@ -4,16 +4,18 @@ State-dict keys are those of `torchvision.models.detection.FasterRCNN` (`backbon
 `backbone.fpn.*`, `rpn.head.*`), so that weights travel in both directions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate, takewhile
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import Backbone
-from rpn_train.sparse import Lateral, stack_at
+from rpn_train.heads import RPNHead
+from rpn_train.sparse import Lateral
 
 # Mean and deviation of ImageNet in RGB 0..1, which all torchvision weights expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -21,58 +23,25 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 class Outputs(NamedTuple):
-    """logits [B, R] objectness and deltas [B, R, 4], float32; [B, S] and [B, S, 4] with `at`."""
+    """What the head says of each anchor, float32: [B, R] and [B, R, 4]; with `at` S in place of R.
+
+    logits: objectness. quality: a second logit, of how well the box fits; None: the head has none.
+    """
 
     logits: Tensor
     deltas: Tensor
+    quality: Tensor | None = None
 
+    @property
+    def scores(self) -> Tensor:
+        """Logits [B, R] that rank the proposals: of objectness, or of sqrt(objectness x quality).
 
-class RPNHead(nn.Module):
-    """3x3 convolution(s), then two sibling 1x1 convolutions (Ren et al. 2015, section 3.1)."""
-
-    def __init__(
-        self, in_channels: int, per_cell: int, *, num_convs: int, channels: int | None
-    ) -> None:
-        super().__init__()
-        channels = channels or in_channels
-        convs = [
-            nn.Sequential(nn.Conv2d(c, channels, 3, padding=1), nn.ReLU(inplace=True))
-            for c in [in_channels] + [channels] * (num_convs - 1)
-        ]
-        self.conv = nn.Sequential(*convs)
-        self.cls_logits = nn.Conv2d(channels, per_cell, 1)
-        self.bbox_pred = nn.Conv2d(channels, per_cell * 4, 1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.bias is not None:
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C, H, W] -> logits [B, H * W * A] and deltas [B, H * W * A, 4]."""
-        return self._branches(self.conv(feature))
-
-    def at(
-        self,
-        feature: Tensor | Lateral,
-        image: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        before: Sequence[tuple[nn.Conv2d, bool]],
-    ) -> tuple[Tensor, Tensor]:
-        """The same at some cells: logits [N, A] and deltas [N, A, 4].
-
-        Args:
-            feature: [B, C, H, W], what goes into the convolutions `before` (see `stack_at`).
-            image, rows, columns: int64 [N].
+        The latter as in ATSS (Zhang et al. 2020); the root keeps it among probabilities.
         """
-        convs = (cast(nn.Sequential, block)[0] for block in self.conv)
-        stack = [*before, *((cast(nn.Conv2d, conv), True) for conv in convs)]
-        return self._branches(stack_at(feature, image, rows, columns, stack))
-
-    def _branches(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.bbox_pred(hidden).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
-        return logits, deltas
+        if self.quality is None:
+            return self.logits
+        log_p = (F.logsigmoid(self.logits) + F.logsigmoid(self.quality)) / 2
+        return log_p - torch.log(-torch.expm1(log_p))
 
 
 class RPN(nn.Module):
@@ -103,9 +72,8 @@ class RPN(nn.Module):
         if at is not None:
             return self._forward_at(images, at)
         levels = [self.rpn["head"](feature) for feature in self.backbone(images)]
-        logits = torch.cat([logits for logits, _ in levels], dim=1).float()  # [B, R]
-        deltas = torch.cat([deltas for _, deltas in levels], dim=1).float()  # [B, R, 4]
-        return Outputs(logits, deltas)
+        # [B, R], [B, R, 4] and, with a third branch, [B, R]
+        return Outputs(*(torch.cat(of, dim=1).float() for of in zip(*levels, strict=True)))
 
     def _forward_at(self, images: Tensor, at: Tensor) -> Outputs:
         """Outputs at sampled anchors, the fine levels computed at their cells alone."""

@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from rpn_train.anchors import AnchorGrid, grid_anchors
-from rpn_train.build import assignment_rule
 from rpn_train.config import TrainConfig
-from rpn_train.data.batch import Batch
+from rpn_train.data.batch import Batch, Unread
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Planner
 from rpn_train.distributed import Ranks
 from rpn_train.errors import DivergedError
-from rpn_train.losses import Losses, rpn_losses
-from rpn_train.model import autocast, normalize_images
+from rpn_train.objective import batch_losses, positives_expected
 from rpn_train.run_state import RunState
-from rpn_train.targets import Picks, assign, random_keys, sample
+from rpn_train.targets import Picks
 
 # The columns of RunState.history.
 HISTORY = ("train/loss_objectness", "train/loss_box", "train/positives", "train/grad_norm")
@@ -28,18 +25,25 @@ HISTORY = ("train/loss_objectness", "train/loss_box", "train/positives", "train/
 
 @dataclass
 class Clock:
-    """Where the time went since `started`: steps done and seconds spent waiting for data."""
+    """What the loader gave since `started`: steps done, seconds waited for it, images not read."""
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     waited: float = 0.0
+    unread: list[Unread] = field(default_factory=list)
 
     def next(self, loader: Iterator[Batch]) -> Batch:
         """The next batch, timed."""
         before = time.perf_counter()
         batch = next(loader)
         self.waited += time.perf_counter() - before
+        self.unread += batch.unread
         return batch
+
+    def take_unread(self) -> list[Unread]:
+        """The images that could not be read since this was asked last."""
+        unread, self.unread = self.unread, []
+        return unread
 
 
 def prepare_network(model: nn.Module, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
@@ -50,87 +54,79 @@ def prepare_network(model: nn.Module, cfg: TrainConfig, ranks: Ranks) -> nn.Modu
     return ranks.wrap(model)
 
 
-def batch_losses(
-    network: nn.Module, grid: AnchorGrid, batch: Batch, cfg: TrainConfig
-) -> tuple[Losses, Picks]:
-    """Losses of a batch and the anchors they were read at. Waits for nothing.
-
-    The normaliser is that of the whole batch over all processes and pieces, so the losses of all
-    add up to the loss of the step.
-    """
-    method = cfg.method
-    anchors = grid_anchors(grid, batch.canvas, batch.images.device)
-    assignment = assign(
-        grid,
-        batch.canvas,
-        batch.gt_boxes,
-        batch.gt_valid,
-        batch.gt_ignore,
-        batch.sizes,
-        **assignment_rule(method),
-    )
-    picks = sample(
-        assignment.labels,
-        random_keys(batch.seeds, len(anchors)),
-        num_samples=method.num_samples,
-        fg_fraction=method.fg_fraction,
-    )
-    images = normalize_images(batch.images, batch.sizes)
-    with autocast(cfg.precision, images.device):
-        outputs = network(images, at=picks.at)
-    losses = rpn_losses(
-        outputs.logits,
-        outputs.deltas,
-        picks,
-        anchors,
-        batch.gt_boxes,
-        assignment.matches,
-        box_kind=method.box_loss,
-        beta=method.smooth_l1_beta,
-        box_weight=method.box_weight,
-        normalizer=method.num_samples * cfg.schedule.batch_size,
-    )
-    return losses, picks
-
-
 def training_step(
     state: RunState,
     network: nn.Module,
     loader: Iterator[Batch],
     cfg: TrainConfig,
     lr: float,
+    progress: float,
     clock: Clock,
     ranks: Ranks,
 ) -> tuple[Batch, Picks]:
-    """Forward, backward and update on the next batch; returns its last piece, for a picture."""
-    optimizer, pieces = state.optimizer, cfg.schedule.accumulate
-    for group in optimizer.param_groups:
+    """Forward, backward and update on the next batch; returns its last piece, for a picture.
+
+    Args:
+        progress: share of the run that is done, 0..1.
+    """
+    pieces = cfg.schedule.accumulate
+    for group in state.optimizer.param_groups:
         group["lr"] = lr
+    before = [b.clone() for b in state.model.buffers()] if skips(cfg) else None
     terms = torch.zeros(3, device=ranks.device)
+    divisors: list[Tensor] = []
     for piece in range(pieces):
         batch = clock.next(loader).to(ranks.device)
         with ranks.grad_sync(network, piece == pieces - 1):
-            losses, picks = batch_losses(network, state.model.grid, batch, cfg)
+            losses, picks = batch_losses(network, state.model.grid, batch, cfg, progress)
             # DDP averages over the processes; the normaliser already counts their images
             total = (losses.objectness + losses.box) * ranks.world
             state.scaler.scale(total).backward()
         positives = picks.positive.sum() / cfg.schedule.batch_size
         terms += torch.stack([losses.objectness, losses.box, positives]).detach()
-    state.scaler.unscale_(optimizer)
+        if losses.divisor is not None:
+            divisors.append(losses.divisor)
+    state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if divisors:
+        factor = positives_expected(cfg) / ranks.sum(torch.stack(divisors).sum()).clamp(min=1)
+        torch._foreach_mul_(gradients, factor)
+        terms[:2] *= factor
+    norm = get_total_norm(gradients)
     if cfg.schedule.clip_norm is not None:
         clip_grads_with_norm_(parameters, cfg.schedule.clip_norm, norm)
-    state.scaler.step(optimizer)
-    state.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
-        state.ema.update_parameters(state.model)
+    _update(state, norm, before)
     # the norm is the same in all processes, which are summed over when this is read
     state.pending.append(torch.cat([terms, norm[None] / ranks.world]))
     state.step += 1
     clock.steps += 1
     return batch, picks
+
+
+def _update(state: RunState, norm: Tensor, before: list[Tensor] | None) -> None:
+    """Update the weights, or leave the step out where its gradient is not finite.
+
+    Args:
+        norm: of the gradient.
+        before: the buffers of the model before the step; None: no step is left out.
+    """
+    if before is not None and not norm.isfinite():  # waits for the device
+        state.skipped += 1
+        for buffer, value in zip(state.model.buffers(), before, strict=True):
+            buffer.copy_(value)  # running statistics of the norms, which saw what overflowed
+    else:
+        state.skipped = 0
+        state.scaler.step(state.optimizer)
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def skips(cfg: TrainConfig) -> bool:
+    """Whether steps that are not finite are left out; in fp16 they belong to finding the scale."""
+    return cfg.on_nonfinite == "skip" or cfg.precision == "fp16"
 
 
 def drain(
@@ -139,19 +135,27 @@ def drain(
     """Read the numbers of the last steps from the device: the one wait of a plain step.
 
     Raises:
-        DivergedError: a loss was not finite; names the step. It comes before anything is saved.
+        DivergedError: a loss or a gradient was not finite, or too many in a row were left out;
+            names the step. It comes before anything is saved.
     """
     if not state.pending:
         return
     rows: list[list[float]] = ranks.sum(torch.stack(state.pending)).tolist()
-    for i, (objectness, box, *_) in enumerate(rows):
-        if not math.isfinite(objectness + box):
+    for i, (objectness, box, _, norm) in enumerate(rows):
+        left_out = skips(cfg) and not math.isfinite(norm)
+        if not math.isfinite(objectness + box + norm) and not left_out:
             step = state.step - len(rows) + i + 1
             ids = [int(index.image_ids[item.row]) for item in planner.plan(step).items]
             raise DivergedError(
-                f"step {step}: expected a finite loss, got objectness {objectness:g}, box {box:g} "
-                f"at learning rate {lr:g} on images {ids}; nothing was overwritten. "
-                "Look at their boxes, or lower schedule.lr"
+                f"step {step}: expected a finite loss, got objectness {objectness:g}, box {box:g}, "
+                f"gradient norm {norm:g} at learning rate {lr:g} on images {ids}; nothing was "
+                "overwritten. Look at their boxes, or lower schedule.lr"
             )
+    if state.skipped > cfg.max_skipped:
+        raise DivergedError(
+            f"step {state.step}: expected at most max_skipped = {cfg.max_skipped} steps in a row "
+            f"whose gradient is not finite, got {state.skipped} at learning rate {lr:g}; nothing "
+            "was overwritten. Lower schedule.lr"
+        )
     state.history.extend(rows)
     state.pending.clear()

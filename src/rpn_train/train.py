@@ -4,17 +4,18 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from rpn_train.build import build_eval_batches, build_planner, open_split
+from rpn_train.build import build_eval_batches, build_planner, build_train_batches
 from rpn_train.checkpoint import kept
 from rpn_train.config import TrainConfig
-from rpn_train.data.batch import TrainBatches
 from rpn_train.data.loading import load
+from rpn_train.data_report import DataReport
 from rpn_train.distributed import Ranks
 from rpn_train.options import to_mapping
 from rpn_train.report import describe_run, finish_run, log_evaluation, log_step, log_training_batch
 from rpn_train.run_log import RunLog, write_yaml
 from rpn_train.run_state import build_state, last_of, resume, save
 from rpn_train.schedule import lr_at
+from rpn_train.splits import open_split
 from rpn_train.step import Clock, drain, prepare_network, training_step
 from rpn_train.stop import stop_on_signals
 
@@ -34,8 +35,8 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
         UserError: a fault of the configuration, the data or the checkpoint, or a loss that is not
             finite.
     """
-    index, read = open_split(cfg.dataset, "train", cfg.seed)
-    val_index, val_read = open_split(cfg.dataset, cfg.eval.split, cfg.seed)
+    index, read = open_split(cfg, "train", "train")
+    val_index, val_read = open_split(cfg, cfg.eval.split, "score")
     initial = cfg.init_from is None and not kept(last_of(folder))
     state = build_state(cfg, ranks.device, initial=initial)
     divisor = max(state.model.grid.strides)
@@ -48,18 +49,18 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     if ranks.is_main:  # not before: a folder that cannot be resumed stays as it was
         folder.mkdir(parents=True, exist_ok=True)
         write_yaml(folder / "config.yaml", to_mapping(cfg))
-    log = RunLog(folder if ranks.is_main else None, total=total, first=first)
+    main_folder = folder if ranks.is_main else None
+    log = RunLog(main_folder, total=total, first=first)
     describe_run(log, cfg, state, changed, index, val_index, total, ranks)
+    report = DataReport(log, main_folder, index, val_index, cfg.data.max_bad_fraction)
     eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
-    batches = TrainBatches(
-        index, read, planner, rank=ranks.rank, world=ranks.world, accumulate=pieces
-    )
+    batches = build_train_batches(cfg, index, read, planner, ranks)
     network = prepare_network(state.model, cfg, ranks)
     keys = range((first - 1) * pieces, total * pieces)
     loader = load(batches, keys, workers=cfg.workers, pin=ranks.device.type == "cuda")
     clock = Clock()
     with closing(log), closing(loader), stop_on_signals() as stop:
-        judge = partial(log_evaluation, log, state, cfg, eval_batches, folder, stop, ranks)
+        judge = partial(log_evaluation, log, report, state, cfg, eval_batches, folder, stop, ranks)
         owed = due(state.step, eval_every, total) if state.step else cfg.eval_at_start
         if owed and state.evaluated < state.step:
             judge()
@@ -67,13 +68,16 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
                 save(state, cfg, folder, ranks)
         for step in range(first, total + 1):
             lr = lr_of(cfg, step, total)
-            batch, picks = training_step(state, network, loader, cfg, lr, clock, ranks)
+            done = (step - 1) / total
+            batch, picks = training_step(state, network, loader, cfg, lr, done, clock, ranks)
             log.advance()
             stopping = ranks.any(bool(stop))
             evaluates = due(step, eval_every, total) and not stopping
             saves = due(step, save_every, total) or evaluates or stopping
             if due(step, cfg.log_every, total) or saves:
                 drain(state, cfg, planner, index, lr, ranks)  # waits for the device
+                for unread in ranks.gather(clock.take_unread()) or []:
+                    report.note("training", unread)
             if due(step, cfg.log_every, total):
                 log_step(log, state, lr, total, cfg.schedule.batch_size, clock, ranks.device)
                 clock = Clock()

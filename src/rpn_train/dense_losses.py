@@ -1,0 +1,112 @@
+"""The losses of methods that read every anchor: RetinaNet's, ATSS's, task-aligned.
+
+All are sums, and come with the number to divide them by: these methods count their positives, over
+the images of all processes, which only the caller knows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rpn_train.dense_targets import centerness_targets, matched_boxes
+from rpn_train.losses import box_errors
+from rpn_train.targets import IGNORED, POSITIVE
+
+
+class DenseLosses(NamedTuple):
+    """Scalars, float32: sums over a batch, already weighted, and the number to divide them by.
+
+    quality: 0 where the head has no such output. divisor: the sum of what the objectness of the
+    positives aims at, so their number unless that is soft; 0 without positives.
+    """
+
+    objectness: Tensor
+    box: Tensor
+    quality: Tensor
+    divisor: Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Binary cross entropy of each logit, targets in [0, 1]; neither option is used."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def focal_loss(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Cross entropy that counts less for what is right already (Lin et al. 2017, equation 5).
+
+    The probability of the target class weighs by (1 - p)^gamma, the class by alpha (positive) or
+    1 - alpha. Targets between 0 and 1 mix both, as in torchvision.
+    """
+    # 1 - p of the target class, in one term where the targets are 0 or 1: no cancellation
+    miss = targets * (-logits).sigmoid() + (1 - targets) * logits.sigmoid()
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return weight * miss.pow(gamma) * each
+
+
+def quality_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Cross entropy with soft targets times |p - target|^gamma (Li et al. 2020, equation 3).
+
+    gamma is the paper's beta; alpha is not used.
+    """
+    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (logits.sigmoid() - targets).abs().pow(gamma) * each
+
+
+OBJECTNESS_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "bce": cross_entropy,
+    "focal": focal_loss,
+    "quality_focal": quality_focal_loss,
+}
+
+
+def dense_losses(
+    logits: Tensor,
+    deltas: Tensor,
+    quality_logits: Tensor | None,
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    labels: Tensor,
+    matches: Tensor,
+    quality: Tensor | None,
+    *,
+    objectness_kind: str,
+    box_kind: str,
+    beta: float,
+    box_weight: float,
+    delta_stds: Sequence[float],
+    focal_alpha: float,
+    focal_gamma: float,
+    quality_weight: float,
+) -> DenseLosses:
+    """Losses of a batch from the outputs at all anchors. Ignored anchors add nothing.
+
+    A positive's box loss is weighted by its centerness if the head predicts that (Tian et al. 2019,
+    Zhang et al. 2020), or else by its `quality` if there is one (Feng et al. 2021, equation 7), or
+    else by 1. (With centerness the authors divide the boxes by the sum of these weights; here one
+    number divides all, so that a box counts as much as it is central in any batch.)
+
+    Args:
+        logits, deltas: [B, R] and [B, R, 4]. quality_logits: [B, R], predicted centerness, if any.
+        anchors: [R, 4]. gt_boxes: [B, G, 4]. labels, matches: [B, R] as of `Assignment`.
+        quality: [B, R] what the objectness of a positive aims at; None: 1.
+        focal_gamma: 0, or at least 1: between them gradients need not be finite.
+        objectness_kind: of OBJECTNESS_LOSSES. box_kind, beta, delta_stds: of `box_errors`.
+    """
+    positive = labels == POSITIVE
+    gt = matched_boxes(gt_boxes, matches)  # [B, R, 4]
+    targets = positive.float() if quality is None else torch.where(positive, quality, 0.0)
+    loss = OBJECTNESS_LOSSES[objectness_kind]
+    each = loss(logits.float(), targets, alpha=focal_alpha, gamma=focal_gamma)
+    objectness = torch.where(labels != IGNORED, each, 0.0).sum()
+    weights, centerness_loss = targets, torch.zeros_like(objectness)
+    if quality_logits is not None:
+        weights = torch.where(positive, centerness_targets(anchors, gt), 0.0)
+        each = F.binary_cross_entropy_with_logits(quality_logits.float(), weights, reduction="none")
+        centerness_loss = quality_weight * torch.where(positive, each, 0.0).sum()
+    each = box_errors(deltas, anchors, gt, positive, kind=box_kind, beta=beta, stds=delta_stds)
+    box = box_weight * (weights * each).sum()
+    return DenseLosses(objectness, box, centerness_loss, targets.sum())

@@ -1,0 +1,242 @@
+"""Methods as a whole: what a preset says, what its network computes, what a step divides by."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from rpn_train.anchors import grid_anchors
+from rpn_train.build import build_model
+from rpn_train.compose import compose, readable
+from rpn_train.config import TrainConfig
+from rpn_train.data.batch import Batch
+from rpn_train.dense_losses import dense_losses
+from rpn_train.distributed import Ranks
+from rpn_train.errors import ConfigError
+from rpn_train.evaluate import propose_batch
+from rpn_train.heads import PRIOR, TowerHead
+from rpn_train.method_config import MethodConfig
+from rpn_train.model import Outputs, normalize_images
+from rpn_train.objective import batch_losses, dense_targets
+from rpn_train.options import from_mapping
+from rpn_train.run_state import build_state
+from rpn_train.step import Clock, training_step
+from rpn_train.targets import POSITIVE
+
+DENSE = ["retina", "atss", "task_aligned"]
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def preset(method: str, *typed: str) -> TrainConfig:
+    small = ["method.channels=64", "method.num_convs=1", "backbone.norm=frozen_bn"]
+    few = ["schedule.batch_size=4", "schedule.optimizer=sgd", "schedule.lr=0.04"]
+    return from_mapping(TrainConfig, compose([f"method={method}", *small, *few, *typed]))
+
+
+def draw_batch(images: int = 4, *, empty: int = 0) -> Batch:
+    """Images of 128 px with three objects each, but for the first few, which have none."""
+    generator = torch.Generator().manual_seed(1)
+    sides = torch.rand(images, 3, 2, generator=generator) * 50 + 10
+    corners = torch.rand(images, 3, 2, generator=generator) * (128 - sides)
+    valid = torch.arange(images)[:, None].expand(-1, 3) >= empty
+    return Batch(
+        images=torch.randint(256, (images, 3, 128, 128), dtype=torch.uint8, generator=generator),
+        sizes=torch.full((images, 2), 128),
+        gt_boxes=torch.cat([corners, corners + sides], dim=-1),
+        gt_valid=valid,
+        gt_ignore=torch.zeros_like(valid),
+        seeds=torch.arange(images),
+        rows=torch.arange(images),
+    )
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    return replace(batch, **{k: v[rows] for k, v in vars(batch).items() if isinstance(v, Tensor)})
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_presets_read_every_anchor_of_strides_8_to_128(method: str) -> None:
+    cfg = from_mapping(TrainConfig, compose([f"method={method}"]))
+    assert (cfg.backbone.pyramid, cfg.method.sampling, cfg.method.head) == (
+        *("p3_p7", "all"),
+        "towers",
+    )
+    model = build_model(preset(method))
+    assert model.grid.strides == (8, 16, 32, 64, 128)
+    assert model.grid.per_cell == 1
+
+
+def test_what_is_typed_wins_over_a_preset(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("sizes: [[9], [18], [36], [72], [144]]\nratios: [0.7, 1.4]\n")
+    own, three = (1.0,), (0.5, 1.0, 2.0)
+    for typed, first_size, ratios in (
+        ("dataset=shapes", 32.0, own),
+        ("anchors=fpn_small", 8.0, three),
+        ("anchors.ratios=[3]", 32.0, (3.0,)),
+        (f"anchors={mine}", 9.0, (0.7, 1.4)),
+    ):
+        anchors = from_mapping(TrainConfig, compose(readable(["method=atss", typed]))).anchors
+        assert (anchors.sizes[0][0], anchors.ratios) == (first_size, ratios)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"assignment": "atss"}, "method.sampling: expected all with method.assignment=atss, got"),
+        ({"head": "towers"}, "method.sampling: expected all with method.head=towers, got random"),
+        ({"centerness": True, "sampling": "all"}, "method.head: expected towers with"),
+        ({"bg_iou": 0.8}, "method.bg_iou: expected at most method.fg_iou = 0.7, got 0.8"),
+    ],
+)
+def test_what_does_not_go_together_is_said(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MethodConfig(**options)
+
+
+def test_the_pyramid_is_that_of_torchvisions_retinanet() -> None:
+    cfg = preset("atss", "backbone.norm=bn")
+    ours = build_model(cfg).backbone.eval()
+    theirs = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+        norm_layer=torch.nn.BatchNorm2d,
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, 128, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for a, b in zip(ours(images), theirs(images).values(), strict=True):
+            assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_towers_put_out_anchors_in_their_order() -> None:
+    head = TowerHead(8, 2, num_convs=2, channels=16, delta_stds=(0.1, 0.1, 0.2, 0.2), quality=True)
+    feature = torch.rand(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
+    logits, deltas, quality = head(feature)
+    assert (logits.shape, deltas.shape, quality.shape) == ((3, 40), (3, 40, 4), (3, 40))
+    assert_close(logits.sigmoid().mean(), torch.tensor(PRIOR), rtol=0.2, atol=0)
+    maps = head.bbox_pred(head.bbox_tower(feature))  # [3, 2 * 4, 4, 5]
+    row, column, anchor = 2, 3, 1
+    stds = torch.tensor([0.1, 0.1, 0.2, 0.2])
+    expected = maps[1, 4 * anchor : 4 * anchor + 4, row, column] * stds
+    assert_close(deltas[1, (row * 5 + column) * 2 + anchor], expected)
+
+
+def test_the_score_is_the_root_of_objectness_times_centerness() -> None:
+    logits, quality = torch.tensor([[0.0, 3.0, -200.0]]), torch.tensor([[0.0, -1.0, 5.0]])
+    outputs = Outputs(logits, torch.zeros(1, 3, 4), quality)
+    expected = (logits.sigmoid() * quality.sigmoid()).sqrt()
+    assert_close(outputs.scores.sigmoid(), expected)
+    assert outputs.scores.isfinite().all()
+    assert outputs._replace(quality=None).scores is logits
+
+
+def test_proposals_are_ranked_by_the_score() -> None:
+    cfg = preset("atss")
+    model, batch = build_model(cfg).eval(), draw_batch(1)
+    with torch.no_grad():
+        outputs = model(normalize_images(batch.images, batch.sizes))
+    (proposals,) = propose_batch(model, batch, cfg)
+    assert outputs.quality is not None
+    assert_close(proposals.logits[0], outputs.scores.max())
+
+
+@pytest.mark.parametrize("method", ["faster_rcnn", *DENSE])
+@pytest.mark.parametrize("empty", [0, 2, 4])
+def test_pieces_of_a_batch_add_up_to_the_whole(method: str, empty: int) -> None:
+    """So do processes: losses are divided by what the whole batch counts, and not by their own.
+
+    Half of the images have no objects, or all of them: nothing is divided by 0.
+    """
+    cfg = preset(method, "dataset.shapes.train_images=4")
+    batch = draw_batch(empty=empty)
+    state = build_state(cfg, ONE.device)
+    start = copy.deepcopy(state.model.state_dict())
+    training_step(state, state.model, iter([batch]), cfg, 0.01, 0.5, Clock(), ONE)
+    pieces = replace(cfg, schedule=replace(cfg.schedule, accumulate=2))
+    other = build_state(pieces, ONE.device)
+    halves = iter([part(batch, slice(0, 2)), part(batch, slice(2, 4))])
+    training_step(other, other.model, halves, pieces, 0.01, 0.5, Clock(), ONE)
+    assert_close(state.pending[0], other.pending[0], rtol=1e-4, atol=1e-6)
+    assert state.pending[0].isfinite().all()
+    moved = 0.0
+    for key, value in state.model.state_dict().items():
+        assert_close(other.model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+        moved = max(moved, (value - start[key]).abs().max().item())
+    assert moved > 1e-5
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_a_step_is_the_gradient_of_the_sums_over_the_count(method: str) -> None:
+    """Written out: the losses of the batch over its positives, or over the sum of their targets."""
+    cfg = preset(method)
+    state, batch = build_state(cfg, ONE.device), draw_batch()
+    model, grid = state.model, state.model.grid
+    outputs = model(normalize_images(batch.images, batch.sizes))
+    targets = dense_targets(grid, batch, outputs, cfg.method, 0.5)
+    assert (targets.labels == POSITIVE).sum() > 4
+    method_cfg = cfg.method
+    sums = dense_losses(
+        *outputs,
+        grid_anchors(grid, batch.canvas, batch.images.device),
+        batch.gt_boxes,
+        targets.labels,
+        targets.matches,
+        targets.quality if method == "task_aligned" else None,
+        objectness_kind=method_cfg.objectness_loss,
+        box_kind=method_cfg.box_loss,
+        beta=method_cfg.smooth_l1_beta,
+        box_weight=method_cfg.box_weight,
+        delta_stds=method_cfg.delta_stds,
+        focal_alpha=method_cfg.focal_alpha,
+        focal_gamma=method_cfg.focal_gamma,
+        quality_weight=1.0,
+    )
+    total = (sums.objectness + sums.quality + sums.box) / sums.divisor
+    total.backward()
+    expected = model.backbone.fpn.layer_blocks[0][0].weight.grad.clone()
+    model.zero_grad()
+    captured = []
+    state.optimizer.step = lambda *_: captured.append(  # type: ignore[method-assign]
+        model.backbone.fpn.layer_blocks[0][0].weight.grad.clone()
+    )
+    training_step(state, model, iter([batch]), cfg, 0.0, 0.5, Clock(), ONE)
+    assert_close(captured[0], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_task_aligned_begins_as_atss() -> None:
+    cfg = preset("task_aligned")
+    model, batch = build_model(cfg), draw_batch()
+    with torch.no_grad():
+        outputs = model(normalize_images(batch.images, batch.sizes))
+    early, late = (dense_targets(model.grid, batch, outputs, cfg.method, p) for p in (0.3, 0.4))
+    atss = dense_targets(model.grid, batch, outputs, replace(cfg.method, assignment="atss"), 0.9)
+    assert torch.equal(early.labels, atss.labels)
+    assert not torch.equal(late.labels, atss.labels)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_a_few_steps_on_one_batch_lower_the_loss(method: str) -> None:
+    cfg = preset(method, "schedule.optimizer=adamw")
+    state, batch = build_state(cfg, ONE.device), draw_batch(2)
+    state.model.train()
+
+    def loss() -> float:
+        with torch.no_grad():
+            losses, _ = batch_losses(state.model, state.model.grid, batch, cfg, 0.1)
+        assert losses.divisor is not None
+        return float((losses.objectness + losses.box) / losses.divisor)
+
+    before = loss()
+    for _ in range(12):
+        training_step(state, state.model, iter([batch]), cfg, 1e-3, 0.1, Clock(), ONE)
+    assert loss() < 0.7 * before
