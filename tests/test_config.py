@@ -23,7 +23,7 @@ from rpn_train.build import build_model
 from rpn_train.config import BackboneConfig, DatasetConfig, TopNConfig, TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.errors import ConfigError, DataError, UserError
-from rpn_train.losses import box_loss
+from rpn_train.losses import box_errors
 from rpn_train.method_config import MethodConfig
 from rpn_train.model import Outputs, autocast
 from rpn_train.norms import Norm
@@ -354,7 +354,7 @@ def of_box_loss(value: Any) -> float:
     anchor = torch.tensor([[[0.0, 0, 10, 10]]])
     yes = torch.tensor([[True]])
     deltas, options = torch.full((1, 1, 4), 0.5), {"beta": 1.0, "stds": (1.0,) * 4}
-    return box_loss(deltas, anchor, anchor, yes, kind=value, **options).item()
+    return box_errors(deltas, anchor, anchor, yes, kind=value, **options).sum().item()
 
 
 def of_protocol(value: Any) -> float:

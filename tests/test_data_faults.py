@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rpn_train import checkpoint, cli
+from rpn_train import checkpoint, cli, cli_trained
 from rpn_train import train as train_module
 from rpn_train.build import build_eval_batches, build_model, build_planner, build_train_batches
 from rpn_train.config import TrainConfig
@@ -366,6 +366,7 @@ COCO_CASES: dict[str, tuple[Spoil, Outcome]] = {
         image_left_out("a link out of the image folder"),
     ),
     "link within the root": (link("1.png"), Sound()),
+    "link to itself": (link(FIRST), image_left_out(NOT_READABLE, "Too many levels of symbolic")),
     # The annotation file
     "JSON a list": (json_text(lambda text: b"[]"), Refused(r"Expected `object`, got `array`")),
     "JSON empty": (json_text(lambda text: b""), Refused(r"annotation file, got an empty one: ")),
@@ -425,6 +426,10 @@ COCO_CASES: dict[str, tuple[Spoil, Outcome]] = {
     "JPEG CMYK": (file(encode(solid("CMYK"), "JPEG")), Sound(tolerance=5)),
     "JPEG grey": (file(encode(solid("L"), "JPEG")), Sound(corner=(GREY,) * 3)),
     "WebP": (file(encode(solid(), "WEBP", lossless=True)), Sound(tolerance=0)),
+    "WebP, which is not turned, with data.exif=apply": (
+        options(file(encode(solid(), "WEBP", lossless=True, exif=turned(6))), exif="apply"),
+        Sound(tolerance=0),
+    ),
     "MPO": (
         file(encode(solid(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))])),
         Sound(),
@@ -861,7 +866,8 @@ def test_an_unreliable_disk_changes_nothing(
 
 
 def test_images_that_turn_bad_during_a_run_have_a_limit(make: Make, tmp_path: Path) -> None:
-    cfg = make(file(TORN["PNG"])).config(max_bad_fraction=0.19)
+    data = make(file(TORN["PNG"]))
+    cfg = data.config(max_bad_fraction=0.19)
     with pytest.raises(DataError) as error:
         train(cfg, tmp_path / "run", ONE)
     assert str(error.value).startswith(
@@ -869,6 +875,50 @@ def test_images_that_turn_bad_during_a_run_have_a_limit(make: Make, tmp_path: Pa
         f"(data.max_bad_fraction), got 1; last: {cfg.dataset.root}/train/0.png: expected a readable"
     )
     assert report_of(tmp_path / "run")["evaluation"]["unread"][FIRST]["times"] == 1
+    shutil.copy(data.images / "1.png", data.first)
+    cfg = replace(cfg, eval_at_start=False, schedule=replace(cfg.schedule, steps=1))
+    train(cfg, tmp_path / "run", ONE)  # which had not begun: repaired, nothing is wrong with it
+    assert report_of(tmp_path / "run")["evaluation"]["unread"] == {}
+
+
+def test_one_image_that_cannot_be_read_is_told_of_wherever_images_are(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 5: in the words of each command; the others are scored, drawn and written."""
+    data = make(file(b"<html>404 Not Found</html>"))
+    cfg, run = data.config(), tmp_path / "run"
+    cfg = replace(cfg, eval_at_start=False, schedule=replace(cfg.schedule, steps=1))
+    train(cfg, run, ONE)
+    capsys.readouterr()
+    reason = f"{data.first}: expected an image, got one not readable (cannot identify image file)"
+
+    scored = [f"checkpoint={run}", f"output_dir={tmp_path}/scored"]
+    scored += ["eval.max_proposals=[1]", "eval.pictures=5"]  # too few to find all of any image
+    assert guarded(cli_trained._eval, scored) == 0
+    told = capsys.readouterr().out
+    assert f"not read: {reason}; its objects count as missed\n" in told
+    assert f"worst.png: 1 of 5 images not drawn, first {reason}\n" in told
+    assert (tmp_path / "scored" / "worst.png").is_file()
+
+    images = [f"checkpoint={run}", f"images={data.images}", f"output={tmp_path}/a.npz"]
+    assert guarded(cli_trained._propose, images) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "left out: 1 x image not readable; first image '0.png': not readable "
+        "(cannot identify image file)"
+    )
+
+
+def test_scoring_has_the_limit_of_training(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = make(file(TORN["PNG"])).config()
+    cfg = replace(cfg, eval_at_start=False, schedule=replace(cfg.schedule, steps=1))
+    train(cfg, tmp_path / "run", ONE)
+    typed = [f"checkpoint={tmp_path / 'run'}", "data.max_bad_fraction=0.19", "device=cpu"]
+    assert guarded(cli_trained._eval, typed) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: expected at most 19.00% of 5 images of val to be unreadable"
+    )
 
 
 # As a person meets them: exit code 2 and one line

@@ -25,7 +25,6 @@ OPTIONS = {
     "delta_stds": (0.1, 0.1, 0.2, 0.2),
     "focal_alpha": 0.25,
     "focal_gamma": 2.0,
-    "quality_weight": 3.0,
 }
 BOX_KINDS = ("smooth_l1", "l1", "iou", "giou", "ciou")
 # The probability at a logit of log 3 is 3 / 4.
@@ -82,7 +81,7 @@ def by_hand(**changed):
     inputs = {
         "logits": torch.full((1, 4), LOG3),
         "deltas": torch.zeros(1, 4, 4),
-        "quality_logits": None,
+        "centerness_logits": None,
         "anchors": anchors,
         "gt_boxes": gt,
         "labels": torch.tensor([[1, 1, 0, -1]], dtype=torch.int8),
@@ -112,8 +111,8 @@ def test_centerness_weighs_the_boxes_by_hand():
     The probability is .75: the cross entropy with y is y log(4/3) + (1 - y) log 4.
     """
     y = math.sqrt(0.6)
-    losses = by_hand(quality_logits=torch.full((1, 4), LOG3))
-    quality = 3 * ((1 + y) * math.log(4 / 3) + (1 - y) * math.log(4))
+    losses = by_hand(centerness_logits=torch.full((1, 4), LOG3))
+    quality = (1 + y) * math.log(4 / 3) + (1 - y) * math.log(4)
     assert losses[1:] == pytest.approx([0.4 * y, quality, 2])
 
 
@@ -147,7 +146,7 @@ def draw_case():
     return {
         "logits": (draw(batch, anchors) * 4 - 2).requires_grad_(),
         "deltas": (draw(batch, anchors, 4) - 0.5).requires_grad_(),
-        "quality_logits": draw(batch, anchors).requires_grad_(),
+        "centerness_logits": draw(batch, anchors).requires_grad_(),
         "anchors": boxes(anchors),
         "gt_boxes": gt,
         "labels": labels,
@@ -174,10 +173,10 @@ def plain_losses(case, options):
         one = (case["deltas"][i, r], anchor, gt, torch.tensor(True))
         error = box_errors(*one, **kind, stds=options["delta_stds"])
         weight = target
-        if case["quality_logits"] is not None:
+        if case["centerness_logits"] is not None:
             weight = centerness_targets(anchor, gt)
-            entropy = F.binary_cross_entropy_with_logits(case["quality_logits"][i, r], weight)
-            sums[2] = sums[2] + options["quality_weight"] * entropy
+            entropy = F.binary_cross_entropy_with_logits(case["centerness_logits"][i, r], weight)
+            sums[2] = sums[2] + entropy
         sums[1] = sums[1] + options["box_weight"] * weight * error
         sums[3] = sums[3] + target
     return sums
@@ -187,9 +186,9 @@ def plain_losses(case, options):
 @pytest.mark.parametrize(
     ("kind", "without"),
     [
-        ("bce", "quality_logits"),
+        ("bce", "centerness_logits"),
         ("focal", "quality"),
-        ("quality_focal", "quality_logits"),
+        ("quality_focal", "centerness_logits"),
         ("focal", None),
     ],
 )
@@ -201,7 +200,7 @@ def test_sums_are_the_plain_ones(box_kind, kind, without):
     options = OPTIONS | {"box_kind": box_kind, "objectness_kind": kind}
     ours, theirs = dense_losses(**case, **options), plain_losses(case, options)
     assert_close(list(ours), theirs)
-    outputs = [case[k] for k in ("logits", "deltas", "quality_logits") if case[k] is not None]
+    outputs = [case[k] for k in ("logits", "deltas", "centerness_logits") if case[k] is not None]
     gradients = [torch.autograd.grad(sum(losses[:3]), outputs) for losses in (ours, theirs)]
     for mine, plain in zip(*gradients, strict=True):
         assert_close(mine, plain, rtol=1e-4, atol=1e-5)
@@ -213,18 +212,20 @@ def test_no_positives_cost_nothing_and_have_gradients(box_kind):
     """Finite though the boxes are no numbers and the unread deltas without measure."""
     case = {k: v if k == "anchors" else v[1:2].detach() for k, v in draw_case().items()}
     deltas = torch.tensor([-1e30, -500.0, 0, 500, 1e30, 1e30]).repeat(23)[: 23 * 4].view(1, 23, 4)
-    outputs = {k: v.requires_grad_() for k, v in case.items() if k in ("logits", "quality_logits")}
+    outputs = {
+        k: v.requires_grad_() for k, v in case.items() if k in ("logits", "centerness_logits")
+    }
     outputs["deltas"] = deltas.requires_grad_()
     losses = dense_losses(**case | outputs, **OPTIONS | {"box_kind": box_kind})
     assert [term.item() for term in losses[1:]] == [0, 0, 0]
-    (losses.objectness + losses.box + losses.quality).backward()
+    (losses.objectness + losses.box + losses.centerness).backward()
     assert outputs["logits"].grad.isfinite().all()
     assert torch.equal(outputs["deltas"].grad, torch.zeros(1, 23, 4))
-    assert torch.equal(outputs["quality_logits"].grad, torch.zeros(1, 23))
+    assert torch.equal(outputs["centerness_logits"].grad, torch.zeros(1, 23))
 
 
 def test_bfloat16_outputs_are_summed_in_float32():
-    case, names = draw_case(), ("logits", "deltas", "quality_logits")
+    case, names = draw_case(), ("logits", "deltas", "centerness_logits")
     case |= {name: case[name].bfloat16() for name in names}
     half = dense_losses(**case, **OPTIONS)
     full = dense_losses(**case | {name: case[name].float() for name in names}, **OPTIONS)
@@ -237,9 +238,9 @@ def test_bfloat16_outputs_are_summed_in_float32():
 def test_nothing_waits_for_the_numbers(kind, box_kind):
     """On tensors that have shapes alone: what waited for a GPU would ask for a number and fail."""
     case = {name: tensor.detach().to("meta") for name, tensor in draw_case().items()}
-    outputs = [case[k].requires_grad_() for k in ("logits", "deltas", "quality_logits")]
+    outputs = [case[k].requires_grad_() for k in ("logits", "deltas", "centerness_logits")]
     losses = dense_losses(**case, **OPTIONS | {"objectness_kind": kind, "box_kind": box_kind})
-    (losses.objectness + losses.box + losses.quality).backward()
+    (losses.objectness + losses.box + losses.centerness).backward()
     assert [tensor.grad.shape for tensor in outputs] == [tensor.shape for tensor in outputs]
 
 
@@ -249,12 +250,12 @@ def test_nothing_waits_for_the_numbers(kind, box_kind):
 def test_on_a_gpu_nothing_waits(box_kind):
     case = draw_case()
     on_device = {name: tensor.detach().to("cuda") for name, tensor in case.items()}
-    outputs = [on_device[k].requires_grad_() for k in ("logits", "deltas", "quality_logits")]
+    outputs = [on_device[k].requires_grad_() for k in ("logits", "deltas", "centerness_logits")]
     options = OPTIONS | {"box_kind": box_kind}
     torch.cuda.set_sync_debug_mode("error")
     try:
         losses = dense_losses(**on_device, **options)
-        torch.autograd.grad(losses.objectness + losses.box + losses.quality, outputs)
+        torch.autograd.grad(losses.objectness + losses.box + losses.centerness, outputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_close([term.cpu() for term in losses], list(dense_losses(**case, **options)))

@@ -99,6 +99,16 @@ def test_an_rpn_drops_into_a_detector(norm: str) -> None:
     assert_same_proposals(ours, detector)
 
 
+def test_factors_of_deltas_go_into_the_weights_of_a_detector() -> None:
+    method = {"delta_stds": [0.1, 0.2, 0.3, 0.4]}
+    cfg = from_mapping(TrainConfig, {**SIDES, "workers": 0, "method": method})
+    model = build_model(cfg).eval()
+    spread(model.backbone, model.rpn["head"])
+    ours, detector = Proposer(model, cfg, torch.device("cpu")), fpn_detector(nn.BatchNorm2d)
+    ours.load_into(detector)
+    assert_same_proposals(ours, detector)
+
+
 def test_strides_of_a_detector_become_exact() -> None:
     """torchvision pads 160 px to 160, which makes 3 rows of stride 53; here it is 192 and 64."""
     cfg = from_mapping(TrainConfig, {"image": {"short_side": 160, "max_side": 224}, "workers": 0})

@@ -1,5 +1,6 @@
 """Faults of a run: kills, signals, full and read-only disks, lost processes, stalled loaders."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from multiprocessing import active_children
@@ -325,6 +327,25 @@ def test_a_disk_that_is_full_at_any_other_file(capsys: pytest.CaptureFixture[str
     )
 
 
+def test_a_file_that_may_not_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    def read(arguments: Sequence[str]) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "a.json")
+
+    assert shell.guarded(read, []) == 2
+    assert capsys.readouterr().err == "error: a.json: Permission denied\n"
+
+
+def test_a_loader_process_killed_during_a_checkpoint_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        checkpoint.save({}, tmp_path / "last.pt")
+
+
 def test_a_checkpoint_of_another_configuration(whole: Path, tmp_path: Path) -> None:
     """What can not be changed is named in one line, all of it; what can be is told."""
     folder = tmp_path / "run"
@@ -511,6 +532,13 @@ def test_a_stalled_loader_is_reported_with_process_and_file_and_goes_on() -> Non
     assert first.split(" process ")[1].split()[0].isdigit()
     assert f"is reading {plain.index.root / plain.index.file_name(row)}; it goes on" in first
     assert "no loader" not in second
+
+
+def test_without_processes_a_thread_may_load() -> None:
+    """As a server does that proposes."""
+    with ThreadPoolExecutor(1) as threads:
+        found = list(threads.map(list, [load(batches(), range(2), workers=0, pin=False)]))
+    assert [len(batch.images) for batch in found[0]] == [2, 2]
 
 
 def test_a_stall_is_one_line_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
 from rpn_train.anchors import AnchorGrid
 from rpn_train.boxes import decode
-from rpn_train.losses import box_errors, box_loss, objectness_loss, rpn_losses
+from rpn_train.losses import box_errors, objectness_loss, rpn_losses
 from rpn_train.model import normalize_images
 from rpn_train.targets import Picks, assign, random_keys, sample
 
@@ -25,7 +25,7 @@ def box_loss_of(gt, kind, *, deltas=None, positive=True, stds=ONES):
     deltas = torch.zeros(4) if deltas is None else torch.tensor(deltas)
     slot = (deltas[None, None], torch.tensor([[ANCHOR]]), torch.tensor([[gt]]))
     options = {"kind": kind, "beta": 1 / 9, "stds": stds}
-    return box_loss(*slot, torch.tensor([[positive]]), **options).item()
+    return box_errors(*slot, torch.tensor([[positive]]), **options).sum().item()
 
 
 def test_objectness_by_hand():
@@ -103,7 +103,7 @@ def test_boxes_that_shrank_to_nothing_have_finite_gradients(kind):
     deltas.requires_grad_()
     positive, anchor = torch.tensor([True] * 3), torch.tensor([ANCHOR] * 3)
     gt = anchor + 1
-    box_loss(deltas, anchor, gt, positive, kind=kind, beta=1.0, stds=ONES).backward()
+    box_errors(deltas, anchor, gt, positive, kind=kind, beta=1.0, stds=ONES).sum().backward()
     assert deltas.grad.isfinite().all()
 
 

@@ -64,10 +64,8 @@ def part(batch: Batch, rows: slice) -> Batch:
 @pytest.mark.parametrize("method", DENSE)
 def test_presets_read_every_anchor_of_strides_8_to_128(method: str) -> None:
     cfg = from_mapping(TrainConfig, compose([f"method={method}"]))
-    assert (cfg.backbone.pyramid, cfg.method.sampling, cfg.method.head) == (
-        *("p3_p7", "all"),
-        "towers",
-    )
+    said = (cfg.backbone.pyramid, cfg.method.sampling, cfg.method.head)
+    assert said == ("p3_p7", "all", "towers")
     model = build_model(preset(method))
     assert model.grid.strides == (8, 16, 32, 64, 128)
     assert model.grid.per_cell == 1
@@ -85,6 +83,15 @@ def test_what_is_typed_wins_over_a_preset(tmp_path: Path) -> None:
     ):
         anchors = from_mapping(TrainConfig, compose(readable(["method=atss", typed]))).anchors
         assert (anchors.sizes[0][0], anchors.ratios) == (first_size, ratios)
+
+
+def test_a_typed_method_wins_over_an_experiment() -> None:
+    typed = ["experiment=coco_r50_fpn_1x", "method=atss"]
+    cfg, own = (from_mapping(TrainConfig, compose(t)) for t in (typed, ["method=atss"]))
+    assert cfg.method == own.method
+    assert cfg.method.box_loss == "giou"  # that of the experiment is l1
+    assert (cfg.backbone.name, cfg.backbone.pyramid) == ("resnet50_fpn", "p3_p7")
+    assert cfg.anchors == own.anchors
 
 
 @pytest.mark.parametrize(
@@ -199,9 +206,8 @@ def test_a_step_is_the_gradient_of_the_sums_over_the_count(method: str) -> None:
         delta_stds=method_cfg.delta_stds,
         focal_alpha=method_cfg.focal_alpha,
         focal_gamma=method_cfg.focal_gamma,
-        quality_weight=1.0,
     )
-    total = (sums.objectness + sums.quality + sums.box) / sums.divisor
+    total = (sums.objectness + sums.centerness + sums.box) / sums.divisor
     total.backward()
     expected = model.backbone.fpn.layer_blocks[0][0].weight.grad.clone()
     model.zero_grad()

@@ -160,7 +160,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_the_reason(tmp_path: 
     finally:
         run.kill()
     assert run.returncode == 2
-    assert fault.startswith("error: a loader process ended: DataLoader worker (pid")
+    assert fault.startswith("error: a loader process ended: DataLoader worker ")
     assert fault.count("\n") == 1
 
 

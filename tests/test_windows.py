@@ -9,6 +9,7 @@ from torchvision.ops import box_iou
 
 from rpn_train import overlaps, windows
 from rpn_train.anchors import AnchorGrid, grid_anchors
+from rpn_train.boxes import area, plain_iou, shared_area
 from rpn_train.targets import assign, assign_dense
 from rpn_train.windows import grid_shapes, nearest_anchors, window_pairs
 
@@ -117,17 +118,17 @@ def test_arithmetic_is_that_of_torchvision():
     boxes, anchors = torch.cat([corners[..., :2], corners[..., :2] + corners[..., 2:]], -1)
     iou = box_iou(boxes, anchors)
     assert 0.05 < (iou > 0).float().mean() < 0.95
-    assert torch.equal(overlaps._iou(boxes[:, None], anchors), iou)
+    assert torch.equal(plain_iou(boxes[:, None], anchors), iou)
     # 10 x 20 px, of which 10 x 10, nothing, and all
     anchor = torch.tensor([0.0, 0, 10, 20])
     crowds = torch.tensor([[0.0, 0, 10, 10], [10, 0, 11, 4], [-9, -9, 90, 90]])
-    shared = overlaps._shared_area(crowds, anchor) / overlaps._area(anchor)
+    shared = shared_area(crowds, anchor) / area(anchor)
     assert shared.tolist() == [0.5, 0.0, 1.0]
 
 
 def shared_areas(boxes, anchors):
     """float64 [N, R]."""
-    return overlaps._shared_area(boxes[:, None].double(), anchors.double())
+    return shared_area(boxes[:, None].double(), anchors.double())
 
 
 def shape_of_anchors(shapes, num_anchors):

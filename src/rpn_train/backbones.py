@@ -58,9 +58,7 @@ class Backbone(nn.Module):
         self.out_channels: int = 256 if has_pyramid else channels[0]
         self.strides: tuple[int, ...] = PYRAMIDS[pyramid] if has_pyramid else (16,)
         self.body = body
-        self._finest = (
-            1 if has_pyramid and pyramid == "p3_p7" else 0
-        )  # map of the body that is used
+        self._finest = int(has_pyramid and pyramid == "p3_p7")  # map of the body that is used
         extra = LastLevelP6P7(256, 256) if self._finest else None
         fpn_layer = None if fpn_norm is None else partial(NORMS[fpn_norm], eps=1e-5)
         used = [*channels[self._finest :]]

@@ -35,9 +35,11 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
         with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
             _keep_older(path, keep)
-    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
-        # which hide that of the disk behind what they found when they ended the file
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    except (OSError, RuntimeError) as error:
+        # torch's writer hides that of the disk behind what it found when it ended the file
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):  # of a GPU, or a loader process was killed meanwhile
+            raise
         reason = str(cause).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be written ({reason}); what was saved before is intact: make room and "

@@ -107,6 +107,11 @@ def _inspect(arguments: Sequence[str]) -> int:
     make_folder(folder)
     rows = spaced(len(index), 0 if cfg.dataset.format == "shapes" else own.files)
     views, notes = _views(model, index, read, cfg, own.effective)
+    if cfg.method.assignment != "max_iou":
+        notes.append(
+            "which anchors are positive, and how many, is told of method.assignment=max_iou; "
+            f"{cfg.method.assignment} chooses otherwise and reaches objects below its IoU"
+        )
     inspection = inspect_split(
         index,
         model.grid,

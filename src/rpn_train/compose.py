@@ -150,14 +150,14 @@ def compose(typed: Sequence[str]) -> dict[str, Any]:
         for a in typed
     ]
     ConfigStore.instance().store(name="schema", node=to_mapping(TrainConfig()))
-    without_method = [a for a in typed if not a.startswith("method=")]
-    typed_anchors = any(a.startswith("anchors=") for a in typed)
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
             composed = _composed(typed)
-            if typed_anchors and len(without_method) < len(typed):
-                # a method brings anchors too, and what is typed wins
-                composed["anchors"] = _composed(without_method)["anchors"]
+            # a method brings anchors, an experiment parts of a method: what is typed wins
+            for group, other in (("anchors", "method"), ("method", "experiment")):
+                rest = [a for a in typed if not a.startswith(f"{other}=")]
+                if len(rest) < len(typed) and any(a.startswith(f"{group}=") for a in typed):
+                    composed[group] = _composed(rest)[group]
         return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error

@@ -26,6 +26,7 @@ class DataReport:
         folder: of the run; None: nothing is written.
         training, evaluation: what is trained on, and what is scored.
         max_bad_fraction: of the images of each, that may turn out to be unreadable.
+        resumed: whether the run goes on; else what an earlier attempt left in the folder is void.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class DataReport:
         training: Index,
         evaluation: Index,
         max_bad_fraction: float,
+        *,
+        resumed: bool,
     ) -> None:
         self._log, self._max_bad_fraction = log, max_bad_fraction
         self._splits = {"training": training, "evaluation": evaluation}
         self._unread: dict[str, dict[str, Any]] = {name: {} for name in self._splits}
         self._path = None if folder is None else folder / FILE_NAME
-        if self._path is not None and self._path.is_file():
+        if resumed and self._path is not None and self._path.is_file():
             known = json.loads(self._path.read_text(encoding="utf-8"))
             self._unread = {name: known[name]["unread"] for name in self._splits}
         self._write()
@@ -61,12 +64,7 @@ class DataReport:
                 known[name] = {"times": 0, "reason": reason}
             known[name]["times"] += 1
         self._write()
-        if len(known) > self._max_bad_fraction * len(index):
-            raise DataError(
-                f"expected at most {self._max_bad_fraction:.2%} of {len(index)} images of "
-                f"{split} to be unreadable (data.max_bad_fraction), got {len(known)}; last: "
-                f"{unread[-1].reason}"
-            )
+        check_unread(len(known), unread[-1].reason, len(index), split, self._max_bad_fraction)
 
     def _write(self) -> None:
         if self._path is not None:
@@ -75,6 +73,17 @@ class DataReport:
                 for name, index in self._splits.items()
             }
             write_json(self._path, report)
+
+
+def check_unread(
+    unread: int, reason: str, images: int, split: str, max_bad_fraction: float
+) -> None:
+    """Raise DataError where too many of the images of a split could not be read."""
+    if unread > max_bad_fraction * images:
+        raise DataError(
+            f"expected at most {max_bad_fraction:.2%} of {images} images of {split} to be "
+            f"unreadable (data.max_bad_fraction), got {unread}; last: {reason}"
+        )
 
 
 def plain_report(index: Index) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from rpn_train.targets import IGNORED, POSITIVE
 class DenseLosses(NamedTuple):
     """Scalars, float32: sums over a batch, already weighted, and the number to divide them by.
 
-    quality: 0 where the head has no such output. divisor: the sum of what the objectness of the
+    centerness: 0 where the head does not predict it. divisor: the sum of what the objectness of the
     positives aims at, so their number unless that is soft; 0 without positives.
     """
 
     objectness: Tensor
     box: Tensor
-    quality: Tensor
+    centerness: Tensor
     divisor: Tensor
 
 
@@ -66,7 +66,7 @@ OBJECTNESS_LOSSES: dict[str, Callable[..., Tensor]] = {
 def dense_losses(
     logits: Tensor,
     deltas: Tensor,
-    quality_logits: Tensor | None,
+    centerness_logits: Tensor | None,
     anchors: Tensor,
     gt_boxes: Tensor,
     labels: Tensor,
@@ -80,7 +80,6 @@ def dense_losses(
     delta_stds: Sequence[float],
     focal_alpha: float,
     focal_gamma: float,
-    quality_weight: float,
 ) -> DenseLosses:
     """Losses of a batch from the outputs at all anchors. Ignored anchors add nothing.
 
@@ -90,7 +89,7 @@ def dense_losses(
     number divides all, so that a box counts as much as it is central in any batch.)
 
     Args:
-        logits, deltas: [B, R] and [B, R, 4]. quality_logits: [B, R], predicted centerness, if any.
+        logits, deltas: [B, R] and [B, R, 4]. centerness_logits: [B, R]; None: not predicted.
         anchors: [R, 4]. gt_boxes: [B, G, 4]. labels, matches: [B, R] as of `Assignment`.
         quality: [B, R] what the objectness of a positive aims at; None: 1.
         focal_gamma: 0, or at least 1: between them gradients need not be finite.
@@ -103,10 +102,12 @@ def dense_losses(
     each = loss(logits.float(), targets, alpha=focal_alpha, gamma=focal_gamma)
     objectness = torch.where(labels != IGNORED, each, 0.0).sum()
     weights, centerness_loss = targets, torch.zeros_like(objectness)
-    if quality_logits is not None:
+    if centerness_logits is not None:
         weights = torch.where(positive, centerness_targets(anchors, gt), 0.0)
-        each = F.binary_cross_entropy_with_logits(quality_logits.float(), weights, reduction="none")
-        centerness_loss = quality_weight * torch.where(positive, each, 0.0).sum()
+        each = F.binary_cross_entropy_with_logits(
+            centerness_logits.float(), weights, reduction="none"
+        )
+        centerness_loss = torch.where(positive, each, 0.0).sum()
     each = box_errors(deltas, anchors, gt, positive, kind=box_kind, beta=beta, stds=delta_stds)
     box = box_weight * (weights * each).sum()
     return DenseLosses(objectness, box, centerness_loss, targets.sum())

@@ -1,9 +1,10 @@
 """Assignments for methods whose loss reads every anchor: ATSS and task-aligned.
 
-The anchors are one square per cell. Everything works with fixed shapes and masks: nothing waits for
-a GPU. Ties are broken by position (the first anchor, the first object), so that every device gives
-the same labels. Images are done one after another; the peak is some 20 bytes for each pair of a box
-and an anchor of one image, 45 MB for 100 boxes and 22,000 anchors (P3-P7 of 800 x 1344 px).
+ATSS counts its candidates for one anchor per cell, as the presets have. Everything works with fixed
+shapes and masks: nothing waits for a GPU. Ties are broken by position (the first anchor, the first
+object), so that every device gives the same labels. Images are done one after another; the peak is
+some 20 bytes for each pair of a box and an anchor of one image, 45 MB for 100 boxes and 22,000
+anchors (P3-P7 of 800 x 1344 px).
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpn_train.boxes import centers_and_sizes
-from rpn_train.overlaps import _area, _iou, _shared_area
+from rpn_train.boxes import area, centers_and_sizes, plain_iou, shared_area
 from rpn_train.targets import POSITIVE, Assignment
 
 # A centre is inside a box if it is further than this from all sides, px; that of both references.
@@ -59,7 +59,7 @@ def atss_assign(
     image_labels, image_matches = [], []
     for boxes, valid, ignore in zip(gt_boxes, gt_valid, gt_ignore, strict=True):
         at = _nearest(centers_and_sizes(boxes)[0], centers, level_lengths, candidates)  # [G, K]
-        iou = _iou(boxes[:, None], anchors[at])
+        iou = plain_iou(boxes[:, None], anchors[at])
         # in float64, where the mean of equal numbers is that number on every device
         exact = iou.double()
         mean = exact.mean(1, keepdim=True)
@@ -107,7 +107,7 @@ def task_aligned_assign(
     images = zip(scores, boxes, gt_boxes, gt_valid, gt_ignore, strict=True)
     targets = []
     for score, pred, gt, valid, ignore in images:
-        iou = _iou(gt[:, None], pred)  # [G, R]
+        iou = plain_iou(gt[:, None], pred)  # [G, R]
         aligned = iou.pow(beta).mul_(score)
         counts = _inside(centers, gt[:, None]).logical_and_((valid & ~ignore)[:, None])
         aligned.masked_fill_(~(counts & (aligned > 0)), 0.0)  # NaN is not above 0 either
@@ -135,7 +135,7 @@ def iou_quality(assignment: Assignment, boxes: Tensor, gt_boxes: Tensor) -> Tens
     Args:
         boxes: [B, R, 4] xyxy px, the predictions, without gradient. gt_boxes: [B, G, 4].
     """
-    iou = _iou(boxes.float(), matched_boxes(gt_boxes, assignment.matches))
+    iou = plain_iou(boxes.float(), matched_boxes(gt_boxes, assignment.matches))
     return torch.where(assignment.labels == POSITIVE, iou, 0.0)
 
 
@@ -210,7 +210,7 @@ def _inside(centers: Tensor, boxes: Tensor) -> Tensor:
 
 def _in_crowd(anchors: Tensor, boxes: Tensor, is_crowd: Tensor, ignore_ioa: float) -> Tensor:
     """Bool [R]: anchors of which a share of ignore_ioa or more lies in a crowd box."""
-    share = _shared_area(boxes[:, None], anchors).div_(_area(anchors))  # [G, R]
+    share = shared_area(boxes[:, None], anchors).div_(area(anchors))  # [G, R]
     return ((share >= ignore_ioa) & is_crowd[:, None]).any(dim=0)
 
 

@@ -6,14 +6,16 @@ stands here: how a detector is built (`DETECTORS`), and the epsilon of its froze
 
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlparse
 
+import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 from torchvision.models.detection import FasterRCNN
 
 from rpn_train.errors import CheckpointError, ConfigError
+from rpn_train.heads import RPNHead
 from rpn_train.model import RPN
 from rpn_train.weights import read_weights
 
@@ -89,15 +91,16 @@ def _renamed(key: str) -> str:
 def load_into(detector: FasterRCNN, model: RPN) -> Transfer:
     """Copy backbone and RPN into a detector, whose proposals are then those of the RPN.
 
-    Besides weights, the detector takes over the epsilon of the norms, and pads images to multiples
-    of the largest stride: torchvision infers its strides from the padded size, and they are exact
-    only then. How many proposals it keeps, and the sizes it scales images to, are its own.
+    `method.delta_stds` become a part of the weights. Besides weights, the detector takes over the
+    epsilon of the norms, and pads images to multiples of the largest stride: torchvision infers its
+    strides from the padded size, and they are exact only then. How many proposals it keeps, and the
+    sizes it scales images to, are its own.
 
     Raises:
         ConfigError: the anchors or the networks differ.
     """
     _check_anchors(detector, model)
-    given, expected = model.state_dict(), detector.state_dict()
+    given, expected = _plain_weights(model), detector.state_dict()
     wanted = [key for key in expected if key.startswith(_OURS)]
     for key in {*wanted, *given}:
         if key.endswith("num_batches_tracked"):  # a frozen norm has none; nothing depends on it
@@ -115,6 +118,16 @@ def load_into(detector: FasterRCNN, model: RPN) -> Transfer:
             detector.get_submodule(name).eps = module.eps
     detector.transform.size_divisible = max(model.grid.strides)
     return Transfer(loaded, tuple(key for key in expected if key not in loaded))
+
+
+def _plain_weights(model: RPN) -> dict[str, Tensor]:
+    """The state dict of the same network with deltas that nothing multiplies any more."""
+    weights, stds = model.state_dict(), cast(RPNHead, model.rpn["head"]).delta_stds
+    for key in ("rpn.head.bbox_pred.weight", "rpn.head.bbox_pred.bias"):
+        rows = weights[key].unflatten(0, (-1, 4))  # [A, 4, ...]
+        weights[key] = torch.stack([r * s for r, s in zip(rows.unbind(1), stds, strict=True)], 1)
+        weights[key] = weights[key].flatten(0, 1)
+    return weights
 
 
 def _check_anchors(detector: FasterRCNN, model: RPN) -> None:

@@ -6,7 +6,6 @@ without objects gives 0, not NaN. With all slots filled this equals torchvision'
 of the paper goes with the paper's other normaliser, and is 1 here.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,12 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpn_train.boxes import centers_and_sizes, decode, encode, generalized_iou
-from rpn_train.overlaps import _iou
+from rpn_train.boxes import complete_iou, decode, encode, generalized_iou, plain_iou
 from rpn_train.targets import Picks
-
-# The least denominator of complete IoU's weight, which is 0 / 0 for equal boxes.
-_EPSILON = 1e-7
 
 
 class Losses(NamedTuple):
@@ -37,30 +32,8 @@ def objectness_loss(logits: Tensor, picks: Picks) -> Tensor:
     return (each * picks.valid).sum()
 
 
-def complete_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU less a distance of centres and a difference of ratios: pairs [..., 4] -> [...].
-
-    Zheng et al. 2020 (Distance-IoU, section 3.3). The weight of the ratios has no gradient, as in
-    torchvision, whose loss indexes by masks and so waits for the GPU. NaN where both boxes are
-    without extent.
-    """
-    iou = _iou(boxes, others)
-    centers, sizes = centers_and_sizes(boxes)
-    other_centers, other_sizes = centers_and_sizes(others)
-    hull = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(
-        boxes[..., :2], others[..., :2]
-    )
-    distance = (centers - other_centers).square().sum(-1) / hull.square().sum(-1)
-    # the angle of a diagonal: atan(width / height) with a gradient where a height is 0
-    angle = torch.atan2(sizes[..., 0], sizes[..., 1])
-    other_angle = torch.atan2(other_sizes[..., 0], other_sizes[..., 1])
-    ratios = (2 / math.pi * (angle - other_angle)).square()
-    weight = (ratios / (1 - iou + ratios).clamp(min=_EPSILON)).detach()
-    return iou - distance - weight * ratios
-
-
 # Kinds of box loss that are 1 less a similarity of the decoded box and its object.
-SIMILARITIES = {"iou": _iou, "giou": generalized_iou, "ciou": complete_iou}
+SIMILARITIES = {"iou": plain_iou, "giou": generalized_iou, "ciou": complete_iou}
 
 
 def box_errors(
@@ -100,20 +73,6 @@ def box_errors(
     return torch.where(positive, each, 0.0)
 
 
-def box_loss(
-    deltas: Tensor,
-    anchors: Tensor,
-    gt_boxes: Tensor,
-    positive: Tensor,
-    *,
-    kind: str,
-    beta: float,
-    stds: Sequence[float],
-) -> Tensor:
-    """Sum over positive slots of `box_errors`: a scalar. deltas, anchors, gt_boxes: [B, S, 4]."""
-    return box_errors(deltas, anchors, gt_boxes, positive, kind=kind, beta=beta, stds=stds).sum()
-
-
 def rpn_losses(
     logits: Tensor,
     deltas: Tensor,
@@ -138,7 +97,8 @@ def rpn_losses(
     """
     matched = matches.gather(1, picks.at)  # [B, S]
     gt = gt_boxes.gather(1, matched[..., None].expand(-1, -1, 4))  # [B, S, 4]
-    box = box_loss(
+    errors = box_errors(
         deltas, anchors[picks.at], gt, picks.positive, kind=box_kind, beta=beta, stds=stds
     )
-    return Losses(objectness_loss(logits, picks) / normalizer, box * box_weight / normalizer)
+    box = errors.sum() * box_weight
+    return Losses(objectness_loss(logits, picks) / normalizer, box / normalizer)

@@ -11,26 +11,14 @@ from rpn_train.build import assignment_rule
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.dense_losses import dense_losses
-from rpn_train.dense_targets import (
-    DenseTargets,
-    atss_assign,
-    iou_quality,
-    task_aligned_assign,
-)
+from rpn_train.dense_targets import DenseTargets, atss_assign, iou_quality, task_aligned_assign
 from rpn_train.losses import rpn_losses
 from rpn_train.method_config import MethodConfig
 from rpn_train.model import Outputs, autocast, normalize_images
-from rpn_train.targets import (
-    IGNORED,
-    POSITIVE,
-    Picks,
-    assign,
-    random_keys,
-    sample,
-)
+from rpn_train.targets import IGNORED, POSITIVE, Assignment, Picks, assign, random_keys, sample
 
-# By this sums over an image are divided before they are known to be of how many positives: about
-# as many as there are, so that gradients in half precision stay in its range.
+# Sums over anchors are divided by this before the number of positives of the step is known: it is
+# about that of an image, so that gradients in half precision stay in its range.
 POSITIVES_PER_IMAGE = 16
 
 
@@ -48,7 +36,7 @@ class BatchLosses(NamedTuple):
 
 
 def positives_expected(cfg: TrainConfig) -> int:
-    """What sums over a batch were divided by in the place of their count."""
+    """What sums over a batch were divided by, in place of its divisor."""
     return POSITIVES_PER_IMAGE * cfg.schedule.batch_size
 
 
@@ -74,22 +62,13 @@ def _losses_of_sample(
     add up to the loss of the step.
     """
     method = cfg.method
-    anchors = grid_anchors(grid, batch.canvas, batch.images.device)
-    assignment = assign(
-        grid, batch.canvas, *_objects(batch), batch.sizes, **assignment_rule(method)
-    )
-    picks = sample(
-        assignment.labels,
-        random_keys(batch.seeds, len(anchors)),
-        num_samples=method.num_samples,
-        fg_fraction=method.fg_fraction,
-    )
+    assignment, picks = sampled_targets(grid, batch, method)
     outputs = _ask(network, batch, cfg, picks.at)
     losses = rpn_losses(
         outputs.logits,
         outputs.deltas,
         picks,
-        anchors,
+        grid_anchors(grid, batch.canvas, batch.images.device),
         batch.gt_boxes,
         assignment.matches,
         box_kind=method.box_loss,
@@ -125,15 +104,28 @@ def _losses_of_all(
         delta_stds=method.delta_stds,
         focal_alpha=method.focal_alpha,
         focal_gamma=method.focal_gamma,
-        quality_weight=1.0,
     )
     positive, read = targets.labels == POSITIVE, targets.labels != IGNORED
     at = torch.arange(len(anchors), device=positive.device).expand_as(positive)
     expected = positives_expected(cfg)
     losses = BatchLosses(
-        (sums.objectness + sums.quality) / expected, sums.box / expected, sums.divisor
+        (sums.objectness + sums.centerness) / expected, sums.box / expected, sums.divisor
     )
     return losses, Picks(at, positive, read)
+
+
+def sampled_targets(
+    grid: AnchorGrid, batch: Batch, method: MethodConfig
+) -> tuple[Assignment, Picks]:
+    """What every anchor is, and which of them are sampled."""
+    assignment = _assign(grid, batch, method)
+    picks = sample(
+        assignment.labels,
+        random_keys(batch.seeds, assignment.labels.shape[1]),
+        num_samples=method.num_samples,
+        fg_fraction=method.fg_fraction,
+    )
+    return assignment, picks
 
 
 @torch.no_grad()
@@ -143,8 +135,7 @@ def dense_targets(
     """What every anchor learns, by the assignment of the method."""
     anchors = grid_anchors(grid, batch.canvas, batch.images.device)
     if method.assignment == "max_iou":
-        rule = assignment_rule(method)
-        assignment = assign(grid, batch.canvas, *_objects(batch), batch.sizes, **rule)
+        assignment = _assign(grid, batch, method)
     elif method.assignment == "atss" or progress < method.aligned_from:
         assignment = atss_assign(
             anchors,
@@ -166,6 +157,11 @@ def dense_targets(
         )
     quality = iou_quality(assignment, decode(outputs.deltas, anchors), batch.gt_boxes)
     return DenseTargets(*assignment, quality)
+
+
+def _assign(grid: AnchorGrid, batch: Batch, method: MethodConfig) -> Assignment:
+    rule = assignment_rule(method)
+    return assign(grid, batch.canvas, *_objects(batch), batch.sizes, **rule)
 
 
 def _objects(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

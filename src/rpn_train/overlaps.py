@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
+from rpn_train.boxes import area, plain_iou, shared_area
 from rpn_train.windows import BLOCK_PAIRS, Shapes, grid_shapes, nearest_anchors, window_pairs
 
 # Pairs that the dense way holds at once, some 20 bytes each.
@@ -94,13 +95,13 @@ def window_overlaps(
     image, row = is_object.nonzero().unbind(1)  # [N] objects of the batch
     objects = gt_boxes[image, row]
     nearest = nearest_anchors(objects, shapes, None if borders is None else borders[image])
-    iou = _iou(objects[:, None], anchors[nearest]) * usable[image[:, None], nearest]  # [N, M]
+    iou = plain_iou(objects[:, None], anchors[nearest]) * usable[image[:, None], nearest]  # [N, M]
     # some anchor has this IoU, so the best of an object are among those with no less
     least_iou = iou.amax(1).clamp(forced_from, exact_from).double()[:, None]
-    areas = least_iou / (1 + least_iou) * (_area(objects)[:, None] + shapes.areas())
+    areas = least_iou / (1 + least_iou) * (area(objects)[:, None] + shapes.areas())
     forced = [row[:0]]
     for box, at in window_pairs(objects, (1 - _SLACK) * areas, shapes):
-        iou = _iou(objects.index_select(0, box), anchors.index_select(0, at))  # [P]
+        iou = plain_iou(objects.index_select(0, box), anchors.index_select(0, at))  # [P]
         at += image[box] * len(anchors)  # from here on an index into [B, R]
         iou *= usable.view(-1)[at]
         best_iou.view(-1).scatter_reduce_(0, at, iou, "amax")
@@ -132,7 +133,7 @@ def _rank_all(
             near = (x1 < right) & (left < x2) & (y1 < bottom) & (top < y2)  # [N, F]
             box, of_at = near.nonzero().unbind(1)
             row, at = rows[box], at[of_at]
-            iou = _iou(gt_boxes[image, row], anchors[at])
+            iou = plain_iou(gt_boxes[image, row], anchors[at])
             ranks[image].scatter_reduce_(0, at, _ranks(iou, row), "amax")
 
 
@@ -149,7 +150,7 @@ def _in_crowds(
     crowds = gt_boxes[image, row]
     areas = ((1 - _SLACK) * ignore_ioa * shapes.areas()).expand(len(crowds), -1)
     for box, at in window_pairs(crowds, areas, shapes):
-        share = _shared_area(crowds[box], anchors[at]) / _area(anchors[at])
+        share = shared_area(crowds[box], anchors[at]) / area(anchors[at])
         at += image[box] * len(anchors)
         in_crowd.view(-1)[at[share >= ignore_ioa]] = True
     return in_crowd
@@ -171,14 +172,15 @@ def _dense_image(
     for first in range(0, len(gt_boxes), chunk):
         part = slice(first, first + chunk)
         boxes = gt_boxes[part, None]  # [C, 1, 4]
-        iou = _iou(boxes, anchors).masked_fill_(~(is_object[part, None] & usable), -1.0)  # [C, R]
+        counts = is_object[part, None] & usable  # [C, R]
+        iou = plain_iou(boxes, anchors).masked_fill_(~counts, -1.0)
         highest, index = iou.max(dim=0)
         better = highest > best_iou  # not where equal: the first object of several
         best_iou = torch.where(better, highest, best_iou)
         matches = torch.where(better, first + index, matches)
         of_object = iou.amax(dim=1, keepdim=True)  # [C, 1]
         forced |= ((iou == of_object) & (of_object > 0) & (of_object >= forced_from)).any(dim=0)
-        share = _shared_area(boxes, anchors).div_(_area(anchors))  # [C, R]
+        share = shared_area(boxes, anchors).div_(area(anchors))  # [C, R]
         in_crowd |= ((share >= ignore_ioa) & is_crowd[part, None]).any(dim=0)
     return best_iou, matches, forced, in_crowd
 
@@ -198,22 +200,3 @@ def _ranks(iou: Tensor, row: Tensor) -> Tensor:
     The bits of such float32 numbers are in the same order. The highest holds the row of the match.
     """
     return (iou.view(torch.int32).long() << 32) | (row ^ _MASK32)
-
-
-def _shared_area(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Area of the intersections of boxes [..., 4], broadcast; as torchvision's bit for bit."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    left, top, right, bottom = anchors.unbind(-1)
-    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp_(min=0)
-    return width.mul_((torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp_(min=0))
-
-
-def _area(boxes: Tensor) -> Tensor:
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return (x2 - x1) * (y2 - y1)
-
-
-def _iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU of boxes [..., 4], broadcast; `box_iou`'s of torchvision bit for bit."""
-    shared = _shared_area(boxes, anchors)
-    return shared.div_((_area(boxes) + _area(anchors)).sub_(shared))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from rpn_train.build import build_eval_batches
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
+from rpn_train.data.faults import counted
 from rpn_train.data.index import Index
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import propose_split
@@ -54,6 +55,8 @@ def propose(
         index, read = open_files(images, cfg.data)
     else:
         index, read = open_split(cfg, cfg.eval.split, "score")
+    if index.left_out and ranks.is_main:
+        print(f"left out: {counted(index.left_out)}; first {index.left_out[0]}")
     model = trained_model(cfg, source).to(ranks.device)
     found = named_proposals(cfg, model, index, read, min_score, draw, ranks)
     count = Count()

@@ -27,7 +27,9 @@ _FIXED = (
     *("method.centerness", "method.delta_stds"),
 )
 # What the weights of a network were learned with. (Which stages were frozen is not part of it.)
-_ARCHITECTURE = ("backbone.name", "backbone.norm", "backbone.fpn_norm", "anchors.")
+_ARCHITECTURE = (
+    *("backbone.name", "backbone.norm", "backbone.fpn_norm", "anchors.", "method.delta_stds"),
+)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from rpn_train.config import TrainConfig
 from rpn_train.data.batch import ReadImage
 from rpn_train.data.faults import counted
 from rpn_train.data.index import Index
+from rpn_train.data_report import check_unread
 from rpn_train.distributed import Ranks
 from rpn_train.errors import DataError
 from rpn_train.evaluate import StageTimes, as_arrays, evaluate, objects_of, score
@@ -47,9 +48,12 @@ def score_network(cfg: TrainConfig, source: Pretrained, folder: Path, ranks: Ran
         return stop.signal
     if index.left_out:
         print(f"left out: {counted(index.left_out)}")
-    for image in found:
-        if image.fault:
-            print(f"not read: {image.fault}; its objects count as missed")
+    faults = [image.fault for image in found if image.fault]
+    for fault in faults:
+        print(f"not read: {fault}; its objects count as missed")
+    if faults:
+        limit = cfg.data.max_bad_fraction
+        check_unread(len(faults), faults[-1], len(index), cfg.eval.split, limit)
     trained = "" if source.step is None else f", step {source.step}"
     print(f"{source.name}{trained}, {len(index)} images of {cfg.eval.split}")
     extra = {} if source.step is None else {"step": source.step}
@@ -132,20 +136,21 @@ def write_worst(
     """Write images.csv, what was found and missed in each image, and worst.png, those missed most.
 
     Returns:
-        The picture by its name; none where `count` is 0, nothing was missed, or images are missing.
+        The picture by its name; none where `count` is 0, nothing was missed, or none can be read.
     """
     objects = objects_of(index)
     misses = image_misses(proposals, objects, recall)
     suffix = f"_{name}" if name else ""
     write_misses(folder / f"images{suffix}.csv", misses, index.image_ids, index.file_names())
-    try:
-        worst = [
-            scored_image(proposals, recall, index, read, row)
-            for row in worst_images(misses, count).tolist()
-        ]
-    except DataError as error:  # annotations alone are enough to score files
-        print(f"worst{suffix}.png is not drawn: {error}")
-        return {}
+    worst, faults = [], []
+    for row in worst_images(misses, count).tolist():
+        try:
+            worst.append(scored_image(proposals, recall, index, read, row))
+        except DataError as error:  # annotations alone are enough to score files
+            faults.append(error)
+    if faults:
+        of = f"{len(faults)} of {len(faults) + len(worst)} images"
+        print(f"worst{suffix}.png: {of} not drawn, first {faults[0]}")
     if not worst:
         return {}
     limit = max(recall.max_proposals)

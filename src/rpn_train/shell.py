@@ -27,6 +27,7 @@ from rpn_train.stop import StopRequest, stop_on_signals
 
 GRACE_S = 60.0  # what the other processes get to end in when one has failed
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 
 
 def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -50,6 +51,9 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if error.errno in _NO_ACCESS and error.filename:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         if error.errno not in _NO_ROOM:
             raise
         print(

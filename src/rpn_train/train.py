@@ -52,7 +52,8 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     main_folder = folder if ranks.is_main else None
     log = RunLog(main_folder, total=total, first=first)
     describe_run(log, cfg, state, changed, index, val_index, total, ranks)
-    report = DataReport(log, main_folder, index, val_index, cfg.data.max_bad_fraction)
+    limit, resumed = cfg.data.max_bad_fraction, state.step > 0
+    report = DataReport(log, main_folder, index, val_index, limit, resumed=resumed)
     eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
     batches = build_train_batches(cfg, index, read, planner, ranks)
     network = prepare_network(state.model, cfg, ranks)

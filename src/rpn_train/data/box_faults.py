@@ -41,8 +41,8 @@ def check_format(source: Path, boxes_xywh: NDArray[np.float64], sizes: NDArray[n
 def box_faults(boxes_xywh: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.intp]:
     """Fault code [M] of each box, 0 for none, given the size [M, 2] of its image.
 
-    Judged in float32, the form that training sees: no box that passes can become infinite or lose
-    its extent later.
+    Judged in float32, the form that training sees: a box may be finite and have an extent in
+    float64 alone.
     """
     boxes = to_corners(boxes_xywh)
     finite = np.isfinite(boxes).all(axis=1)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rpn_train.data.faults import FaultError
 from rpn_train.data.index import Index
@@ -16,6 +16,7 @@ from rpn_train.errors import DataError
 READ_FORMATS = {"JPEG", "MPO", "PNG", "GIF", "WEBP"}  # of `read_image`, as Pillow calls them
 MAX_PIXELS = 178_956_970  # of RGB 0.5 GB; Pillow refuses more
 _TURNED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
+_TURNED_FORMATS = READ_FORMATS - {"GIF", "WEBP"}  # what torchvision's decoder turns
 _ORIENTATION = 0x0112  # the EXIF tag
 _THREADS = 8  # a network disk answers many at a time
 
@@ -31,15 +32,20 @@ def without_size_warning() -> Iterator[None]:
 def header_size(file: Path | BytesIO, *, upright: bool, max_pixels: int) -> tuple[int, int]:
     """(height, width) of an image in pixels: as stored or, `upright`, turned as EXIF says.
 
+    WebP is never turned: `read_image` does not either.
+
     Raises:
         FaultError: no such file, no image of a format that is read, or more than `max_pixels`.
     """
     try:
         with Image.open(file) as image:
             width, height = image.size
-            turned = upright and image.getexif().get(_ORIENTATION) in _TURNED
+            may_turn = upright and image.format in _TURNED_FORMATS
+            turned = may_turn and image.getexif().get(_ORIENTATION) in _TURNED
     except FileNotFoundError:
         raise FaultError("missing") from None
+    except UnidentifiedImageError:  # Pillow's words hold the path, or an address in memory
+        raise FaultError("not readable", "cannot identify image file") from None
     except Image.DecompressionBombError as error:
         raise FaultError("of too many pixels", str(error)) from error
     except Exception as error:  # a broken file can break Pillow's readers in any way

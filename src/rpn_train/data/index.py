@@ -61,7 +61,8 @@ class Index:
         Raises:
             DataError: a link leads out of `root`.
         """
-        path = (self.root / self.file_name(i)).resolve()
+        # not Path.resolve, which raises where links lead in a circle: that is for who opens it
+        path = Path(os.path.realpath(self.root / self.file_name(i)))
         if not path.is_relative_to(self._resolved_root):
             raise DataError(f"expected an image in {self.root}, got a link to {path}")
         return path

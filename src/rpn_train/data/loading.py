@@ -71,13 +71,14 @@ def load(
             raise
         raise RuntimeError("DataLoader worker ended while it was sending a batch.") from error
     finally:
-        told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # none of these ends is a fault
-        if all(process.is_alive() for process in processes):
-            del found  # ends them, unless an exception refers to it
-        for process in processes:  # they may wait for ever for what a killed one held
-            process.kill()
-            process.join()
-        signal.signal(signal.SIGCHLD, told)
+        if processes:  # without any, this may be a thread, which must not touch signals
+            told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # none of these ends is a fault
+            if all(process.is_alive() for process in processes):
+                del found  # ends them, unless an exception refers to it
+            for process in processes:  # they may wait for ever for what a killed one held
+                process.kill()
+                process.join()
+            signal.signal(signal.SIGCHLD, told)
 
 
 def _begin(reading: Tensor, worker: int) -> None:

@@ -19,7 +19,8 @@ from rpn_train.errors import DataError
 def read_image(path: Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS) -> Tensor:
     """An image file as uint8 [3, H, W] RGB: grey and palettes expanded, alpha left out.
 
-    Pixels are as stored, to which COCO's and VOC's boxes refer; `upright` turns them as EXIF says.
+    Pixels are as stored, to which COCO's and VOC's boxes refer; `upright` turns them as EXIF says,
+    but those of WebP.
     16 bits per channel are scaled to 8. Of an animation it is the first frame.
 
     Raises:

@@ -83,12 +83,14 @@ def _blocks(walk: Walk) -> dict[str, Block]:
     ]
     y = 0.1 + _height(anchors) / 2
     blocks = {"anchors": Block(anchors, GIVEN, _column(2.5), y, 3 * COLUMN_IN + BOX_IN)}
-    num_sampled = num_anchors if method.sampling == "all" else min(method.num_samples, num_anchors)
+    sampling = ["sampling", f"{min(method.num_samples, num_anchors):,} anchors"]
+    if method.sampling == "all":
+        sampling = ["no sampling", f"all {num_anchors:,} anchors"]
     num_objects = "G" if walk.truth is None else f"{len(walk.truth.boxes)}"
     lower = {
         "truth": (["ground truth", f"{num_objects} x 4"], GIVEN),
         "assign": (["assignment", f"{num_anchors:,} labels"], OF_TRAINING),
-        "sample": (["sampling", f"{num_sampled:,} anchors"], OF_TRAINING),
+        "sample": (sampling, OF_TRAINING),
         "losses": (["losses", "objectness + boxes"], OF_TRAINING),
         "proposals": (
             ["proposals", "decode, clip, NMS", f"{len(walk.proposals.logits):,} x 4"],
@@ -107,10 +109,13 @@ def _network(walk: Walk, floor: float) -> dict[str, Block]:
     height, width = walk.canvas
     sizes = {name: [" x ".join(map(str, size)) for size in of] for name, of in walk.shapes.items()}
     sizes["body"] = [" x ".join(map(str, size)) for size in _body_sizes(walk)]
-    convs, branch = walk.cfg.method.num_convs, f"{walk.kernel} x {walk.kernel}"
-    window = "3 x 3 convolution" if convs == 1 else f"{convs} convolutions, 3 x 3"
+    method, branch = walk.cfg.method, f"{walk.kernel} x {walk.kernel}"
+    convs = method.num_convs
+    window = ["two towers, each of"] * (method.head == "towers")
+    window.append("3 x 3 convolution" if convs == 1 else f"{convs} convolutions, 3 x 3")
+    third = ["and centerness"] * method.centerness
     outputs = {
-        "deltas": [f"{branch} conv.: deltas", *sizes["deltas"]],
+        "deltas": [f"{branch} conv.: deltas", *sizes["deltas"], *third],
         "logits": [f"{branch} conv.: objectness", *sizes["logits"]],
     }
     floor += AROUND_IN
@@ -120,7 +125,7 @@ def _network(walk: Walk, floor: float) -> dict[str, Block]:
         "image": (["image", f"3 x {height} x {width}"], GIVEN),
         "body": (["backbone", _shortened(walk.cfg.backbone.name), *sizes["body"]], OF_NETWORK),
         "pyramid": (["feature pyramid", *sizes["backbone"]], OF_NETWORK),
-        "head": ([window, *sizes["hidden"]], OF_NETWORK),
+        "head": ([*window, *sizes["hidden"]], OF_NETWORK),
     }
     blocks = {
         name: Block(lines, colour, _column(column), y)

@@ -6,7 +6,6 @@ These can be watched during training, of one image over time.
 import torch
 from torchvision.ops import box_iou
 
-from rpn_train.heads import RPNHead
 from rpn_train.inspect.panels import (
     FORCED_ANCHOR,
     IGNORED_ANCHOR,
@@ -49,9 +48,11 @@ def objectness_plate(walk: Walk) -> Plate:
         "One of the branches gives every anchor a number, whose sigmoid is the probability that "
         "the anchor is an object. Drawn is the highest of each cell, around the point on which "
         "its anchors are centred. Each level answers for objects of about the size of its anchors "
-        "and stays dark for the others.",
+        "and stays dark for the others."
+        + " Here it is the root of this probability times that of another branch, centerness: it "
+        "ranks the proposals." * walk.cfg.method.centerness,
         figure,
-        (RPNHead,),
+        (walk.head,),
     )
 
 

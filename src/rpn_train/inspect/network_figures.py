@@ -13,7 +13,6 @@ from rpn_train.curves import LINES
 from rpn_train.data.sampler import canvas_of
 from rpn_train.data.transforms import fit_size
 from rpn_train.figures import ORANGE, VERMILLION
-from rpn_train.heads import RPNHead
 from rpn_train.inspect.panels import (
     Look,
     Plate,
@@ -135,17 +134,26 @@ def window_plate(walk: Walk, fields: list[ReceptiveField] | None) -> Plate:
         if fields is not None
         else ""
     )
-    count, side = walk.cfg.method.num_convs, walk.kernel
-    convs = "a 3 x 3 convolution" if count == 1 else f"{count} convolutions of 3 x 3"
     return Plate(
         "window",
         "The mini network and what it sees",
-        f"A small network slides over every cell of every level: {convs}, then two "
-        f"branches of {side} x {side}, the same weights everywhere. Drawn is the cell behind the "
-        f"best proposal, of stride {level.stride}." + sees,
+        f"A small network slides over every cell of every level: {_mini_network(walk)}, the same "
+        "weights everywhere. Drawn is the cell behind the best proposal, of stride "
+        f"{level.stride}." + sees,
         figure,
-        (RPNHead, receptive_fields),
+        (walk.head, receptive_fields),
     )
+
+
+def _mini_network(walk: Walk) -> str:
+    """The convolutions of the head, in words."""
+    method, last = walk.cfg.method, f"{walk.kernel} x {walk.kernel}"
+    count = method.num_convs
+    convs = "a 3 x 3 convolution" if count == 1 else f"{count} convolutions of 3 x 3"
+    if method.head == "shared":
+        return f"{convs}, then two branches of {last}"
+    ends = "deltas and centerness" if method.centerness else "deltas"
+    return f"{convs} and a branch of {last} for objectness, and as many others for {ends}"
 
 
 def _focus(walk: Walk) -> tuple[int, int, int]:

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.boxes import clip, decode
-from rpn_train.build import assignment_rule
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch, ReadImage, make_batch
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, canvas_of
 from rpn_train.data.transforms import fit_size
 from rpn_train.evaluate import propose_batch
-from rpn_train.heads import RPNHead
+from rpn_train.heads import RPNHead, TowerHead
 from rpn_train.method_config import MethodConfig
 from rpn_train.model import RPN, Outputs
+from rpn_train.objective import sampled_targets
 from rpn_train.proposals import Proposals, make_proposals
-from rpn_train.targets import POSITIVE, assign, random_keys, sample
+from rpn_train.targets import POSITIVE
 
 # Part of the network -> sizes of the maps that it puts out, fine to coarse, without the batch.
 Shapes = dict[str, list[tuple[int, ...]]]
@@ -112,6 +112,11 @@ class Walk:
         """(height, width) of the resized image, px."""
         return self.image.shape[1], self.image.shape[2]
 
+    @property
+    def head(self) -> type[RPNHead | TowerHead]:
+        """What the network has for a head."""
+        return TowerHead if self.cfg.method.head == "towers" else RPNHead
+
     def behind(self, count: int) -> Tensor:
         """int64 [n]: the anchors that the best proposals were made of, n <= count."""
         boxes, logits = (part[:count] for part in self.proposals)
@@ -185,7 +190,7 @@ def walk(
         boxes=boxes.cpu(),
         levels=_levels(model.grid, batch, heard["backbone"], logits, deltas, cfg),
         proposals=_on_cpu(proposals),
-        kernel=cast(RPNHead, model.rpn["head"]).cls_logits.kernel_size[0],
+        kernel=cast(RPNHead | TowerHead, model.rpn["head"]).cls_logits.kernel_size[0],
         shapes={name: [tuple(m.shape[1:]) for m in heard[name]] for name in PARTS},
         truth=_truth(model.grid, batch, cfg) if truth else None,
     )
@@ -194,7 +199,7 @@ def walk(
 @contextmanager
 def _listening(model: RPN) -> Iterator[dict[str, list[Any]]]:
     """What the parts of the network put out meanwhile, level by level."""
-    head = cast(RPNHead, model.rpn["head"])
+    head = cast(RPNHead | TowerHead, model.rpn["head"])
     modules = (model.backbone.body, model.backbone, head.cls_logits, head.bbox_pred, head)
     heard: dict[str, list[Any]] = {name: [] for name in (*PARTS, "head")}
 
@@ -262,18 +267,11 @@ def _truth(grid: AnchorGrid, batch: Batch, cfg: TrainConfig) -> Truth:
 
 
 def _targets(grid: AnchorGrid, batch: Batch, method: MethodConfig) -> Targets | None:
-    """As of `batch_losses`."""
+    """None of a method whose loss reads every anchor."""
     if method.sampling == "all":
         return None
-    ground_truth = (batch.gt_boxes, batch.gt_valid, batch.gt_ignore, batch.sizes)
-    labels, _ = assign(grid, batch.canvas, *ground_truth, **assignment_rule(method))
-    picks = sample(
-        labels,
-        random_keys(batch.seeds, labels.shape[1]),
-        num_samples=method.num_samples,
-        fg_fraction=method.fg_fraction,
-    )
-    return Targets(labels[0].cpu(), picks.at[0, picks.valid[0]].cpu())
+    assignment, picks = sampled_targets(grid, batch, method)
+    return Targets(assignment.labels[0].cpu(), picks.at[0, picks.valid[0]].cpu())
 
 
 def _on_cpu(proposals: Proposals) -> Proposals:
