@@ -284,14 +284,26 @@ def overflowing(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize(
+    ("ema", "policy", "precision"),
+    [(None, "skip", "fp32"), (0.5, "skip", "fp32"), (None, "stop", "fp16")],
+)
 def test_a_step_that_overflows_is_left_out_without_a_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ema: float | None,
+    policy: str,
+    precision: str,
 ) -> None:
     """Batch norm has seen the infinities: its statistics go back too."""
     overflowing({3}, monkeypatch)
     cfg = config(
-        on_nonfinite="skip", save_every=1, keep_checkpoints=9, eval_every=9, schedule__ema=ema
+        on_nonfinite=policy,
+        precision=precision,
+        save_every=1,
+        keep_checkpoints=9,
+        eval_every=9,
+        schedule__ema=ema,
     )
     train(cfg, tmp_path, ONE)
     kept = tmp_path / "checkpoints"
