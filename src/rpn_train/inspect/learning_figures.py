@@ -3,6 +3,8 @@
 These can be watched during training, of one image over time.
 """
 
+import math
+
 import torch
 from torchvision.ops import box_iou
 
@@ -23,6 +25,8 @@ from rpn_train.inspect.panels import (
 from rpn_train.inspect.walk import Walk
 from rpn_train.losses import rpn_losses
 from rpn_train.targets import BACKGROUND, IGNORED, POSITIVE, assign, sample
+
+DRAWN_IGNORED = 100  # more would be a wall
 
 
 def objectness_plate(walk: Walk) -> Plate:
@@ -71,9 +75,11 @@ def assignment_plate(walk: Walk) -> Plate:
         reached = box_iou(positives, counted).amax(1) >= method.fg_iou
         show_boxes(panels[0], positives[~reached], FORCED_ANCHOR)
         show_boxes(panels[0], positives[reached], POSITIVE_ANCHOR)
-    show_boxes(panels[1], walk.anchors[ignored], IGNORED_ANCHOR)
+    every = math.ceil(len(ignored) / DRAWN_IGNORED) or 1
+    show_boxes(panels[1], walk.anchors[ignored[::every]], IGNORED_ANCHOR)
     panels[0].set_title(f"{len(rows):,} positive", fontsize=10)
-    panels[1].set_title(f"{len(ignored):,} ignored", fontsize=10)
+    some = f", one in {every} drawn" if every > 1 else ""
+    panels[1].set_title(f"{len(ignored):,} ignored{some}", fontsize=10)
     legend_of(figure, panels)
     return Plate(
         "assignment",
