@@ -16,7 +16,7 @@ ORDER = [
     *["losses", "dense_losses", "proposals", "recall"],
     *["weights", "norms", "timm_body", "sparse", "backbones", "heads", "model", "detectors"],
     *["data.box_faults", "data.faults", "data.index", "data.headers"],
-    *["data.coco", "data.voc", "data.shapes", "data.files", "data.index_cache"],
+    *["data.coco", "data.voc", "data.painting", "data.shapes", "data.files", "data.index_cache"],
     *["data.transforms", "data.sampler", "data.batch", "data.loading"],
     *["method_config", "config", "distributed", "schedule", "checkpoint"],
     *["run_log", "data_report", "figures"],

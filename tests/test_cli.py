@@ -65,7 +65,7 @@ def write_coco(root: Path, images: list[dict[str, Any]]) -> None:
 
 # Faults of what was typed, before anything is done
 
-ANCHORS = "'c4' | 'fpn' | 'fpn_small' | 'paper'"
+ANCHORS = "'c4' | 'fpn' | 'fpn_half' | 'fpn_small' | 'paper'"
 NEITHER = "expected KEY=VALUE or GROUP=CHOICE, got {!r}; rpn-train --help lists them"
 
 FAULTS = {

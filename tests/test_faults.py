@@ -31,7 +31,7 @@ from rpn_train.config import TrainConfig
 from rpn_train.data.batch import TrainBatches
 from rpn_train.data.loading import StalledWarning, load
 from rpn_train.data.sampler import Planner
-from rpn_train.data.shapes import draw_row, shapes_index
+from rpn_train.data.shapes import Style, draw_row, shapes_index
 from rpn_train.distributed import MEETING, Ranks, start
 from rpn_train.errors import CheckpointError, ConfigError
 from rpn_train.run_folder import make_folder
@@ -491,9 +491,11 @@ def test_the_launcher_passes_sigterm_on_and_ends_what_does_not_end() -> None:
 
 # Loader processes
 
+STYLE = Style((32, 48), max_objects=3, extents=(0.08, 0.75), clutter=False)
+
 
 def batches(read: Callable[[int], Tensor] | None = None) -> TrainBatches:
-    index = shapes_index(0, 9, size=(32, 48), max_objects=3, clutter=False, first=0)
+    index = shapes_index(0, 9, STYLE, first=0)
     planner = Planner(
         sizes=index.sizes,
         seed=0,
@@ -507,7 +509,7 @@ def batches(read: Callable[[int], Tensor] | None = None) -> TrainBatches:
     )
 
     def draw(row: int) -> Tensor:
-        return draw_row(index, row, seed=0, max_objects=3, clutter=False)
+        return draw_row(index, row, seed=0, style=STYLE)
 
     return TrainBatches(index, read or draw, planner, rank=0, world=1, accumulate=1)
 

@@ -28,7 +28,15 @@ class ShapesConfig:
     train_images: int = option(1600, "different training images", low=1)
     val_images: int = option(200, "different validation images", low=1)
     max_objects: int = option(8, "most objects in one image", low=1)
-    clutter: bool = option(False, "draw distractors that are not objects")
+    extents: tuple[float, float] = option(
+        (0.08, 0.75),
+        "smallest and largest object, as shares of the image's shorter side",
+        above=0,
+        high=1,
+    )
+    clutter: bool = option(
+        False, "draw distractors that are not objects, and hide more of the objects"
+    )
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,11 @@ class TrainConfig:
             f"got {image.max_side}",
         )
         yield scale[0] <= scale[1], f"augment.scale: expected (lowest, highest), got {scale}"
+        extents = self.dataset.shapes.extents
+        yield (
+            extents[0] <= extents[1],
+            f"dataset.shapes.extents: expected (lowest, highest), got {extents}",
+        )
         yield (
             schedule.batch_size % schedule.accumulate == 0,
             f"schedule.batch_size: expected a multiple of schedule.accumulate = "

@@ -14,7 +14,7 @@ from rpn_train.data.files import index_files
 from rpn_train.data.headers import header_faults
 from rpn_train.data.index import Index, list_folder, without_images
 from rpn_train.data.index_cache import cache_folder, cached_index
-from rpn_train.data.shapes import FIRST_VAL, draw_row, shapes_index
+from rpn_train.data.shapes import FIRST_VAL, Style, draw_row, shapes_index
 from rpn_train.data.transforms import read_image
 from rpn_train.data.voc import read_voc
 from rpn_train.errors import ConfigError, DataError
@@ -107,12 +107,9 @@ def _open_voc(
 def _open_shapes(dataset: DatasetConfig, which: str, seed: int) -> tuple[Index, ReadImage]:
     shapes = dataset.shapes
     first, count = (0, shapes.train_images) if which == "train" else (FIRST_VAL, shapes.val_images)
-    objects, clutter = shapes.max_objects, shapes.clutter
-    index = shapes_index(
-        seed, count, size=shapes.size, max_objects=objects, clutter=clutter, first=first
-    )
-    read = partial(draw_row, index, seed=seed, max_objects=objects, clutter=clutter)
-    return index, read
+    style = Style(shapes.size, shapes.max_objects, shapes.extents, shapes.clutter)
+    index = shapes_index(seed, count, style, first=first, kinds=dataset.categories)
+    return index, partial(draw_row, index, seed=seed, style=style)
 
 
 def _look_at_images(index: Index, data: DataConfig, use: Use) -> Index:
