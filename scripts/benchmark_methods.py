@@ -3,6 +3,8 @@
     python scripts/benchmark_methods.py cost --backbone resnet50_fpn --size 800 1344
     python scripts/benchmark_methods.py train dataset=coco dataset.root=DIR schedule=1x \\
         --seeds 0 1 2 --output runs/methods
+    python scripts/benchmark_methods.py train dataset=shapes_hard --output runs/heads \\
+        --methods faster_rcnn atss "atss method.channels=128"
 
 `cost` counts parameters, anchors and multiplications of one image, and times its proposals, the
 methods in turns. Each works on its own canvas: the image padded to multiples of its largest stride.
@@ -13,11 +15,14 @@ A step of training is one image's share, with the stem and the first stage froze
 images and their order follow from the seed, so they are the same for all methods. What is finished
 is not trained again, and what was interrupted goes on: give the same command once more. After each
 run the folder has methods.md, methods.json and methods.png of all that are finished.
+
+What is typed behind the name of a method is for that one alone.
 """
 
 import argparse
 import copy
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -99,8 +104,9 @@ def with_range(middle: float, low: float, high: float, *, digits: int) -> str:
 def build_bench(method: str, args: argparse.Namespace, ranks: Ranks, watch: Stopwatch) -> Bench:
     """The network of a method with random weights, and one drawn image."""
     fixed = ("dataset=coco", "backbone.frozen_stages=2", "backbone.norm=frozen_bn")
-    typed = [f"method={method}", f"backbone={args.backbone}", f"precision={args.precision}"]
-    cfg = compose_run([*typed, *fixed])
+    name, *only_its = method.split()
+    typed = [f"method={name}", f"backbone={args.backbone}", f"precision={args.precision}"]
+    cfg = compose_run([*typed, *fixed, *readable(only_its)])
     state = build_state(cfg, ranks.device)
     batch = draw_batch(tuple(args.size), 1, args.boxes, max(state.model.grid.strides))
     bench = Bench(cfg, ranks, watch, state, batch.to(ranks.device))
@@ -195,7 +201,10 @@ def cost(argv: Sequence[str]) -> int:
 
 
 class Run(NamedTuple):
-    """A run of `rpn-train`: its folder, and what is typed to begin it."""
+    """A run of `rpn-train`: its folder, and what is typed to begin it.
+
+    method: its name, and behind it what is typed for it alone.
+    """
 
     method: str
     seed: int
@@ -207,15 +216,17 @@ class Run(NamedTuple):
 def plan(args: argparse.Namespace) -> list[Run]:
     """The runs, all checked before the first begins."""
     given = readable(args.overrides)
-    for key in (text.partition("=")[0] for text in given):
+    of_methods = (text for method in args.methods for text in method.split()[1:])
+    for key in (text.partition("=")[0] for text in (*given, *of_methods)):
         if key in OWN:
             raise ConfigError(f"{key}: expected {OWN[key]} to set it, got it among KEY=VALUE")
     runs = []
     for seed in args.seeds:
         for method in args.methods:
-            folder = args.output / f"{method}_{seed}"
-            own = [f"method={method}", f"seed={seed}", f"output_dir={quoted(str(folder))}"]
-            typed = [*given, *own]
+            name, *only_its = method.split()
+            folder = args.output / f"{re.sub('[^A-Za-z0-9.]+', '_', method)}_{seed}"
+            own = [f"method={name}", f"seed={seed}", f"output_dir={quoted(str(folder))}"]
+            typed = [*given, *readable(only_its), *own]
             runs.append(Run(method, seed, folder, typed, compose_run(typed)))
             check_stored(runs[-1])
     return runs

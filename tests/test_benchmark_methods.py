@@ -1,5 +1,6 @@
 """The methods side by side: what is counted, that they start alike, and the table of their runs."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -72,6 +73,24 @@ def test_cost(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[
     ms = [cost["ms"] for cost in costs.values()]
     assert all(of["whole"] > of["network"] > of["proposals"] > 0 for of in ms)
     assert f" | {ms[2]['whole']:.1f} |\n| network, ms | {ms[0]['network']:.1f} | " in shown
+
+
+def test_what_is_typed_behind_a_method_is_for_it_alone(script: ModuleType, tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        overrides=SETTINGS,
+        methods=["atss", "atss method.channels=8 method.num_convs=2"],
+        seeds=[3],
+        output=tmp_path,
+    )
+    plain, narrow = script.plan(args)
+    assert plain.cfg.method.channels is None
+    assert (narrow.cfg.method.channels, narrow.cfg.method.num_convs) == (8, 2)
+    assert narrow.cfg.method.assignment == "atss"
+    assert plain.folder.name == "atss_3"
+    assert narrow.folder.name == "atss_method.channels_8_method.num_convs_2_3"
+    args.methods = ["atss seed=4"]
+    with pytest.raises(ConfigError, match="seed: expected --seeds"):
+        script.plan(args)
 
 
 def test_methods_of_a_seed_start_alike_and_see_the_same(script: ModuleType) -> None:
