@@ -1,7 +1,11 @@
-"""Where the tests find the real images, and what happens where there are none."""
+"""What tests share: where they find the real images, and how they interrupt a run."""
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,3 +23,20 @@ def data_root() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return root
+
+
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """SIGTERM comes in the middle of a training step."""
+    from rpn_train import train  # here, as most tests need no run and its imports take seconds
+
+    plain = train.training_step
+
+    def interrupted(state: Any, *rest: Any) -> Any:
+        if state.step == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "training_step", interrupted)
+        yield

@@ -11,8 +11,7 @@ import shutil
 import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import stopped_at
 from PIL import Image
 
 from rpn_train import checkpoint, cli, cli_trained
-from rpn_train import train as train_module
 from rpn_train.build import build_eval_batches, build_model, build_planner, build_train_batches
 from rpn_train.config import TrainConfig
 from rpn_train.data import batch as batch_module
@@ -38,7 +37,6 @@ from rpn_train.evaluate import as_arrays, propose_split, score
 from rpn_train.options import from_mapping
 from rpn_train.shell import guarded
 from rpn_train.splits import open_split
-from rpn_train.step import training_step
 from rpn_train.train import train
 
 COUNT, WIDTH, HEIGHT = 5, 64, 48
@@ -777,20 +775,6 @@ def test_a_torn_image_has_no_proposals_where_it_is_scored(make: Make) -> None:
 
 def report_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "data_report.json").read_text())
-
-
-@contextmanager
-def stopped_at(step: int) -> Iterator[None]:
-    """SIGTERM comes in the middle of a step."""
-
-    def interrupted(state: Any, *rest: Any) -> Any:
-        if state.step == step - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return training_step(state, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "training_step", interrupted)
-        yield
 
 
 def test_a_run_with_faults_tells_of_them_and_is_resumed_exactly(

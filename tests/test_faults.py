@@ -22,7 +22,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soak
 import torch
+from kill_and_resume import difference
+from small_run import processes
 from torch import Tensor
 
 from rpn_train import checkpoint, cli, evaluate, shell
@@ -40,7 +43,6 @@ from rpn_train.step import training_step
 from rpn_train.stop import StopRequest
 from rpn_train.train import train
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = {
     "schedule": "default",
     "backbone": "resnet18_c4",
@@ -159,7 +161,7 @@ class Command:
         self.process.join(LIMIT_S)
         code = self.process.exitcode
         assert code is not None, f"it hangs: {self.told()}"
-        until(lambda: not in_session(self.pid))
+        until(lambda: not processes(self.pid))
         return code
 
 
@@ -168,18 +170,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-
-
-def in_session(session: int) -> list[int]:
-    """The processes of a session."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found += [int(entry.parent.name)] if int(fields[3]) == session else []
-    return found
 
 
 # Kills and signals
@@ -201,21 +191,27 @@ def test_killed_at_any_moment_a_run_resumes(whole: Path, tmp_path: Path, moment:
     assert_same_run(whole, folder)
 
 
-def test_sigterm_twice_is_sigterm(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["loader processes begin", "step 3"])
+def test_sigterm_twice_is_sigterm(tmp_path: Path, moment: str) -> None:
+    """To the whole group, as schedulers do: loader processes do not mind."""
     folder = tmp_path / "run"
     run = Command(typed(folder, workers=2, schedule__steps=1000), tmp_path / "log")
-    run.wait_for_step(3)
-    os.killpg(run.pid, signal.SIGTERM)
-    os.kill(run.pid, signal.SIGTERM)  # to all twice: loader processes end at the second
+    if moment == "step 3":
+        run.wait_for_step(3)
+    else:
+        run.wait_for(lambda: len(processes(run.pid)) == 3)
+    for _ in range(2):
+        os.killpg(run.pid, signal.SIGTERM)
+        time.sleep(0.01)  # else the two may be one
     assert run.end() == 128 + signal.SIGTERM
     assert "stopped by signal 15 after step " in run.told().splitlines()[-1]
-    assert checkpoint.load(last_of(folder))["step"] >= 3
+    assert checkpoint.load(last_of(folder))["step"] >= (3 if moment == "step 3" else 1)
 
 
 def test_a_killed_parent_leaves_no_loader_processes(tmp_path: Path) -> None:
     run = Command(typed(tmp_path / "run", workers=2, schedule__steps=1000), tmp_path / "log")
     run.wait_for_step(1)
-    assert len(in_session(run.pid)) == 3
+    assert len(processes(run.pid)) == 3
     run.process.kill()
     assert run.end() == -signal.SIGKILL  # looks for them
 
@@ -577,10 +573,7 @@ def test_a_killed_loader_process_never_hangs_the_run(tmp_path: Path) -> None:
 # The scripts
 
 
-def test_kill_and_resume_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from kill_and_resume import difference
-
+def test_kill_and_resume_sees_a_difference() -> None:
     one = {"step": 3, "model": {"w": torch.ones(2)}, "history": [[0.5]]}
     same = {"step": 3, "model": {"w": torch.ones(2)}, "history": [[0.5]]}
     assert difference(one, same, "last.pt") is None
@@ -589,13 +582,10 @@ def test_kill_and_resume_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> N
     assert difference(one, {**one, "history": [[0.25]]}, "a") == "a.history.0.0"
 
 
-def test_soak_sees_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from soak import faults, figures
-
+def test_soak_sees_what_grows() -> None:
     seconds = np.arange(100.0)
     rows = np.stack([seconds, 500 + 0.5 * seconds, 20 + (seconds > 80)], axis=1)
-    grown = figures(rows, seconds=100.0, steps=10_000)
+    grown = soak.figures(rows, seconds=100.0, steps=10_000)
     assert grown == pytest.approx(
         {
             "first_mb": 507.25,
@@ -606,9 +596,9 @@ def test_soak_sees_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
         }
     )
     result = {"left": {7: "Z"}, "processes": {"parent": grown}}
-    assert faults(result, bound=39.0) == [
+    assert soak.faults(result, bound=39.0) == [
         "process 7 is left, state Z",
         "parent: memory grew by more than 39 MB",
         "parent: more files are open",
     ]
-    assert faults({**result, "left": {}}, bound=41.0) == ["parent: more files are open"]
+    assert soak.faults({**result, "left": {}}, bound=41.0) == ["parent: more files are open"]

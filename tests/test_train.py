@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import stopped_at
 
 from rpn_train import checkpoint
-from rpn_train import train as train_module
 from rpn_train.config import TrainConfig
 from rpn_train.distributed import Ranks
 from rpn_train.errors import CheckpointError, DivergedError
 from rpn_train.model import normalize_images
 from rpn_train.options import from_mapping
 from rpn_train.run_folder import run_folder
-from rpn_train.step import training_step
 from rpn_train.train import train
 
 TINY: dict[str, Any] = {
@@ -182,20 +179,6 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_is_the_same_run(
         log.write('{"step": 5, "tor')  # a line torn by the kill
     assert train(config(resume="auto"), folder, ONE) is None
     assert_same_run(whole, folder)
-
-
-@contextmanager
-def stopped_at(step: int) -> Iterator[None]:
-    """SIGTERM comes in the middle of a step."""
-
-    def interrupted(state: Any, *rest: Any) -> Any:
-        if state.step == step - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return training_step(state, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "training_step", interrupted)
-        yield
 
 
 @pytest.mark.parametrize("at", [1, 3])  # 3 owes an evaluation when it stops

@@ -1,6 +1,5 @@
 """SIGTERM and Ctrl-C as a request: the step is finished, the run is saved, then it ends."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,18 +36,15 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """In a loader process: its parent decides when to stop, whoever else the signal reached.
+@contextmanager
+def signals_for_parent() -> Iterator[None]:
+    """Processes forked in here never get SIGTERM or SIGINT: their parent ends them, by SIGKILL.
 
-    The second SIGTERM ends it: one comes from its parent, when all else has failed, and one more
-    when that ends. It may be waiting for what a killed process held, and would wait for ever.
+    Whoever else the signal reached, the parent decides when to stop, and needs them until then.
     """
-    came: list[int] = []
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if came:
-            os._exit(128 + number)
-        came.append(number)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
+    # What is blocked is inherited from the first instruction on, a handler would come too late.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from rpn_train.data.batch import Batch, EvalBatches, ReadImage, TrainBatches
 from rpn_train.data.index import Index
 from rpn_train.errors import DataError
-from rpn_train.stop import leave_signals_to_parent
+from rpn_train.stop import signals_for_parent
 
 _POLL_S = 5.0  # a killed process whose signal was lost is noticed then
 
@@ -59,7 +59,8 @@ def load(
         worker_init_fn=partial(_begin, reading),
     )
     others = active_children()
-    found = iter(loader)
+    with signals_for_parent():
+        found = iter(loader)
     processes = [child for child in active_children() if child not in others]
     try:
         while (batch := _next(found, reading, batches.index, patience_s)) is not None:
@@ -83,7 +84,6 @@ def load(
 
 def _begin(reading: Tensor, worker: int) -> None:
     """In a loader process: from now on its row of `reading` says what it reads."""
-    leave_signals_to_parent(worker)
     mine = reading[worker].numpy()
     mine[0] = os.getpid()
     info = get_worker_info()
