@@ -3,17 +3,19 @@
     python scripts/benchmark_data.py --root DIR --split val2017 --images 500
 
 A sample is an image read, resized, mirrored every other time and put on its padded canvas, and its
-boxes: what a loader process does for each image. "ours" is TrainBatches with one image a batch.
+boxes: what a loader process does for each image. "ours" is TrainBatches with one image a batch, and
+"cached" the same when a cache in memory holds all images (data.cache=ram, after the first epoch).
 "float" is the plain way: Pillow decodes and resizes, torchvision makes floats and normalises them.
 "uint8" is Pillow, too, but leaves the floats to the GPU, as ours and Detectron2 do.
 
 All take turns on the same images in one process with one thread, and must agree within two grey
-levels on average. The time is that of the CPU, in ms per image, median over images: waiting for the
-disk or for a core that others use is not in it.
+levels on average ("ours" and "cached" bit for bit). The time is that of the CPU, in ms per image,
+median over images: waiting for the disk or for a core that others use is not in it.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,12 +33,14 @@ from torchvision.transforms.v2 import functional as F
 from rpn_train.data import batch as batch_module
 from rpn_train.data.batch import Batch, TrainBatches
 from rpn_train.data.coco import read_coco
+from rpn_train.data.image_cache import ImageCache
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, Plan, Planner
-from rpn_train.data.transforms import read_image
+from rpn_train.data.transforms import fit_size, read_image
 from rpn_train.model import IMAGE_MEAN, IMAGE_STD, normalize_images
 
 WARM_UP = 3
+WAYS = ("ours", "cached", "float", "uint8")
 PARTS = ("decode", "resize", "to float", "normalise", "flip", "pad", "other")
 
 
@@ -69,12 +73,26 @@ class Laps:
         return timed
 
 
-def our_sample(index: Index, planner: Planner, step: int, laps: Laps) -> Tensor:
+def filled_cache(index: Index, planner: Planner, steps: range) -> ImageCache:
+    """A cache that holds the images of some steps."""
+    short_side, max_side = planner.short_side, planner.max_side
+    sizes = [fit_size((height, width), short_side, max_side) for height, width in planner.sizes]
+    rows = {planner.plan(step).items[0].row for step in steps}
+    cache = ImageCache(sizes, sorted(rows), limit=sys.maxsize, folder=None)
+    for step in steps:
+        our_sample(index, planner, step, Laps(), cache)
+    return cache
+
+
+def our_sample(
+    index: Index, planner: Planner, step: int, laps: Laps, cache: ImageCache | None = None
+) -> Tensor:
     read = laps.around(lambda row: read_image(index.path(row)), "decode")
     batches = TrainBatches(index, read, planner, rank=0, world=1, accumulate=1)
+    batches.cache = cache
     with ExitStack() as stack:
-        for name in ("resize", "flip"):
-            timed = laps.around(getattr(batch_module, name), name)
+        for name, part in (("resize_image", "resize"), ("flip", "flip")):
+            timed = laps.around(getattr(batch_module, name), part)
             stack.enter_context(patch.object(batch_module, name, timed))
         laps.restart()  # the instruments do not count
         batch = batches[step - 1]
@@ -123,11 +141,14 @@ def flipped_and_padded(image: Tensor, index: Index, plan: Plan, laps: Laps) -> T
     return canvas
 
 
-def samples(index: Index, planner: Planner, step: int) -> Iterator[tuple[str, Tensor, Laps]]:
+def samples(
+    index: Index, planner: Planner, cache: ImageCache, step: int
+) -> Iterator[tuple[str, Tensor, Laps]]:
     """The sample of a step in each way. The order moves on, so that none has the better place."""
     plan = planner.plan(step)
     ways: list[tuple[str, Callable[[Laps], Tensor]]] = [
         ("ours", lambda laps: our_sample(index, planner, step, laps)),
+        ("cached", lambda laps: our_sample(index, planner, step, laps, cache)),
         ("float", lambda laps: pillow_float(index, plan, laps)),
         ("uint8", lambda laps: pillow_uint8(index, plan, laps)),
     ]
@@ -139,6 +160,7 @@ def samples(index: Index, planner: Planner, step: int) -> Iterator[tuple[str, Te
 
 def check(images: dict[str, Tensor], size: tuple[int, int]) -> None:
     """The ways agree, padding included."""
+    assert torch.equal(images["cached"], images["ours"])
     sizes = torch.tensor([size])
     ours = normalize_images(images["ours"], sizes)
     for theirs in (images["float"], normalize_images(images["uint8"], sizes)):
@@ -148,10 +170,12 @@ def check(images: dict[str, Tensor], size: tuple[int, int]) -> None:
 
 def measure(index: Index, planner: Planner, count: int) -> dict[str, list[dict[str, float]]]:
     """Times of the parts of each image in each way."""
-    times: dict[str, list[dict[str, float]]] = {"ours": [], "float": [], "uint8": []}
-    for step in range(1, WARM_UP + count + 1):
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    steps = range(1, WARM_UP + count + 1)
+    cache = filled_cache(index, planner, steps)
+    for step in steps:
         images = {}
-        for name, image, laps in samples(index, planner, step):
+        for name, image, laps in samples(index, planner, cache, step):
             images[name] = image
             if step > WARM_UP:
                 times[name].append(laps.times)
@@ -192,13 +216,14 @@ def main(arguments: list[str] | None = None) -> None:
     times = measure(index, planner, args.images)
     results = {name: summarize(rows) for name, rows in times.items()}
     print(f"{args.images} images, {args.short_side} / {args.max_side} px, ms of one core")
-    print(f"{'':10}{'ours':>9}{'float':>9}{'uint8':>9}")
+    print(f"{'':10}" + "".join(f"{name:>9}" for name in WAYS))
     for key in results["ours"]:
         cells = "".join(f"{result[key]:9.2f}" for result in results.values())
         print(f"{key:10}{cells}")
     for name in ("float", "uint8"):
         ratio = results[name]["median"] / results["ours"]["median"]
         print(f"{name} / ours: {ratio:.2f}")
+    print(f"ours / cached: {results['ours']['median'] / results['cached']['median']:.2f}")
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
         args.json.write_text(json.dumps({"arguments": settings, "results": results}, indent=1))

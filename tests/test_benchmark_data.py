@@ -76,6 +76,7 @@ def test_making_samples(
     load("benchmark_data").main([root, "--images=4", *sides, f"--json={path}"])
     results = json.loads(path.read_text())["results"]
     ours, plain = results["ours"], results["float"]
+    assert results["cached"]["decode"] == results["cached"]["resize"] == 0
     assert ours["to float"] == ours["normalise"] == 0 < plain["normalise"]
     assert min(ours["decode"], ours["resize"], ours["flip"], ours["pad"]) > 0
     printed = capsys.readouterr().out

@@ -67,6 +67,10 @@ class DataConfig:
     max_pixels: int = option(
         MAX_PIXELS, "larger images are faulty (bombs; Pillow's limit)", low=1, high=MAX_PIXELS
     )
+    cache: Literal["ram", "disk"] | None = option(
+        None, "in training, keep resized images for the next epoch: in memory or the run folder"
+    )
+    cache_gb: float = option(8.0, "at most so much of them, 1e9 bytes over all processes", above=0)
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,11 @@ class TrainConfig:
             f"got {image.max_side}",
         )
         yield scale[0] <= scale[1], f"augment.scale: expected (lowest, highest), got {scale}"
+        yield (
+            self.data.cache is None or scale == (1, 1),
+            f"augment.scale: expected (1.0, 1.0) with data.cache={self.data.cache}, which keeps "
+            f"images at one size, got {scale}; data.cache=null keeps none",
+        )
         extents = self.dataset.shapes.extents
         yield (
             extents[0] <= extents[1],

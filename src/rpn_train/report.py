@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rpn_train.config import TrainConfig
 from rpn_train.curves import figure_to_image
 from rpn_train.data.batch import Batch, EvalBatches, Unread
 from rpn_train.data.faults import counted
+from rpn_train.data.image_cache import ImageCache
 from rpn_train.data.index import Index
 from rpn_train.data_report import FILE_NAME, DataReport
 from rpn_train.distributed import Ranks
@@ -40,6 +42,7 @@ def describe_run(
     changed: dict[str, str],
     index: Index,
     val_index: Index,
+    caches: Sequence[ImageCache],
     total: int,
     ranks: Ranks,
 ) -> None:
@@ -59,6 +62,11 @@ def describe_run(
         log.line(f"{name:<9} {len(split)} images, {objects} objects{ignored}")
         if split.left_out:
             log.line(f"          left out: {counted(split.left_out)}; {FILE_NAME} names them")
+    if caches:
+        kept, rows = sum(c.num_kept for c in caches), sum(c.num_rows for c in caches)
+        size = sum(c.num_bytes for c in caches) / 1e9
+        where = f" in the first of {ranks.world} processes" if ranks.world > 1 else ""
+        log.line(f"cached    {kept} of {rows} images, {size:.2g} GB{where}")
     log.line(
         f"schedule  {total} steps of {schedule.batch_size} images, {schedule.optimizer}, rate "
         f"{schedule.lr:g} x {schedule.batch_size} / {schedule.reference_batch} = {rate:g}"

@@ -4,7 +4,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from rpn_train.build import build_eval_batches, build_planner, build_train_batches
+from rpn_train.build import add_caches, build_eval_batches, build_planner, build_train_batches
 from rpn_train.checkpoint import kept
 from rpn_train.config import TrainConfig
 from rpn_train.data.loading import load
@@ -51,11 +51,12 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
         write_yaml(folder / "config.yaml", to_mapping(cfg))
     main_folder = folder if ranks.is_main else None
     log = RunLog(main_folder, total=total, first=first)
-    describe_run(log, cfg, state, changed, index, val_index, total, ranks)
-    limit, resumed = cfg.data.max_bad_fraction, state.step > 0
-    report = DataReport(log, main_folder, index, val_index, limit, resumed=resumed)
     eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
     batches = build_train_batches(cfg, index, read, planner, ranks)
+    caches = add_caches(cfg, batches, eval_batches, folder, ranks)
+    describe_run(log, cfg, state, changed, index, val_index, caches, total, ranks)
+    limit, resumed = cfg.data.max_bad_fraction, state.step > 0
+    report = DataReport(log, main_folder, index, val_index, limit, resumed=resumed)
     network = prepare_network(state.model, cfg, ranks)
     keys = range((first - 1) * pieces, total * pieces)
     loader = load(batches, keys, workers=cfg.workers, pin=ranks.device.type == "cuda")

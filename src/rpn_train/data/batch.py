@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,9 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rpn_train.data.headers import size_fault
+from rpn_train.data.image_cache import ImageCache
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, Planner, canvas_of, same_canvas_batches
-from rpn_train.data.transforms import fit_size, flip, photometric_jitter, resize
+from rpn_train.data.transforms import (
+    fit_size,
+    flip,
+    photometric_jitter,
+    resize_boxes,
+    resize_image,
+)
 from rpn_train.errors import DataError
 
 ReadImage = Callable[[int], Tensor]  # row of an index -> uint8 [3, H, W] RGB
@@ -68,23 +76,31 @@ class Batch:
         return replace(self, **moved)
 
 
-def load_item(index: Index, read: ReadImage, item: Item) -> Loaded:
-    """One item, read and augmented.
+def load_item(index: Index, read: ReadImage, item: Item, cache: ImageCache | None = None) -> Loaded:
+    """One item, read (or found in the cache) and augmented.
 
     Raises:
         DataError: the image cannot be read, at the third attempt either, or has another size than
             annotated.
     """
-    image = _read_patiently(read, item.row)
-    fault = size_fault(index, item.row, tuple(image.shape[-2:]))
-    if fault is not None:
-        raise DataError(f"{index.file_name(item.row)}: {fault}")
-    image, boxes = resize(image, torch.from_numpy(index.boxes_xyxy(item.row)), item.size)
+    make = partial(_read_at_size, index, read, item)
+    image = make() if cache is None else cache.image(item.row, item.size, make)
+    height, width = index.sizes[item.row].tolist()
+    boxes = torch.from_numpy(index.boxes_xyxy(item.row))
+    boxes = resize_boxes(boxes, (height, width), item.size)
     if item.flip:
         image, boxes = flip(image, boxes)
     if item.photometric:
         image = photometric_jitter(image, item.seed)
     return image, boxes, torch.from_numpy(index.ignored(item.row))
+
+
+def _read_at_size(index: Index, read: ReadImage, item: Item) -> Tensor:
+    image = _read_patiently(read, item.row)
+    fault = size_fault(index, item.row, tuple(image.shape[-2:]))
+    if fault is not None:
+        raise DataError(f"{index.file_name(item.row)}: {fault}")
+    return resize_image(image, item.size)
 
 
 def _read_patiently(read: ReadImage, row: int) -> Tensor:
@@ -102,23 +118,25 @@ def make_batch(
     items: Sequence[Item],
     canvas: tuple[int, int],
     unread: Literal["raise", "substitute", "blank"] = "raise",
+    cache: ImageCache | None = None,
 ) -> Batch:
     """Items read, augmented and padded to the canvas.
 
     Args:
         unread: what becomes of an image that cannot be read: an error, a neighbour in its place,
             or a black image without boxes. The batch names it.
+        cache: images that need not be read again.
     """
     used, loaded, missed = [], [], []
     for item in items:
         try:
-            one = item, load_item(index, read, item)
+            one = item, load_item(index, read, item, cache)
         except DataError as error:
             if unread == "raise":
                 raise
             missed.append(Unread(item.row, str(error)))
             blank = unread == "blank"
-            one = (item, _blank(item)) if blank else _neighbour(index, read, item, canvas)
+            one = (item, _blank(item)) if blank else _neighbour(index, read, item, canvas, cache)
         used.append(one[0])
         loaded.append(one[1])
     most = max(1, *(len(boxes) for _, boxes, _ in loaded))
@@ -147,7 +165,7 @@ def make_batch(
 
 
 def _neighbour(
-    index: Index, read: ReadImage, item: Item, canvas: tuple[int, int]
+    index: Index, read: ReadImage, item: Item, canvas: tuple[int, int], cache: ImageCache | None
 ) -> tuple[Item, Loaded]:
     """The next image that can be read, in the place of an item, at a size that the canvas holds.
 
@@ -163,7 +181,7 @@ def _neighbour(
         height, width = (max(1, int(side * scale)) for side in stored)
         other = replace(item, row=row, size=(height, width))
         try:
-            return other, load_item(index, read, other)
+            return other, load_item(index, read, other, cache)
         except DataError:
             if k == SUBSTITUTES:
                 raise
@@ -194,6 +212,7 @@ class TrainBatches(Dataset[Batch | DataError]):
         unread: Literal["raise", "substitute"] = "raise",
     ) -> None:
         self.index, self.read, self.planner, self.unread = index, read, planner, unread
+        self.cache: ImageCache | None = None  # of what epochs before have read; `build.add_caches`
         self.rank, self.world, self.accumulate = rank, world, accumulate
 
     def __getitem__(self, key: int) -> Batch | DataError:
@@ -203,7 +222,7 @@ class TrainBatches(Dataset[Batch | DataError]):
         start = (piece * self.world + self.rank) * share
         try:
             items = plan.items[start : start + share]
-            return make_batch(self.index, self.read, items, plan.canvas, self.unread)
+            return make_batch(self.index, self.read, items, plan.canvas, self.unread, self.cache)
         except DataError as error:
             return error
 
@@ -225,6 +244,7 @@ class EvalBatches(Dataset[Batch | DataError]):
         unread: Literal["raise", "blank"] = "raise",
     ) -> None:
         self.index, self.read, self.divisor, self.unread = index, read, divisor, unread
+        self.cache: ImageCache | None = None  # of what evaluations before have read
         self.sizes = [
             fit_size((height, width), short_side, max_side)
             for height, width in index.sizes.tolist()
@@ -241,6 +261,6 @@ class EvalBatches(Dataset[Batch | DataError]):
         ]
         try:
             canvas = canvas_of([item.size for item in items], self.divisor)
-            return make_batch(self.index, self.read, items, canvas, self.unread)
+            return make_batch(self.index, self.read, items, canvas, self.unread, self.cache)
         except DataError as error:
             return error

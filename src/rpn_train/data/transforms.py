@@ -57,11 +57,19 @@ def fit_size(size: tuple[int, int], short_side: float, max_side: int) -> tuple[i
 def resize(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Image uint8 [3, H, W] and boxes [G, 4] resized to `size`, boxes cut to the image."""
     old_height, old_width = image.shape[-2:]
-    height, width = size
-    if (old_height, old_width) != size:
-        image = F.resize(image, [height, width], antialias=True)
-    factor = torch.tensor([width / old_width, height / old_height] * 2, dtype=torch.float32)
-    return image, clip(boxes * factor, torch.tensor(size))
+    return resize_image(image, size), resize_boxes(boxes, (old_height, old_width), size)
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The part of `resize` that concerns the image."""
+    same = tuple(image.shape[-2:]) == size
+    return image if same else F.resize(image, list(size), antialias=True)
+
+
+def resize_boxes(boxes: Tensor, old: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The part of `resize` that concerns the boxes, of an image of size `old`."""
+    factor = torch.tensor([size[1] / old[1], size[0] / old[0]] * 2, dtype=torch.float32)
+    return clip(boxes * factor, torch.tensor(size))
 
 
 def flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
