@@ -20,12 +20,13 @@ from rpn_train import cli
 from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import BACKBONES, PYRAMIDS, build_backbone
 from rpn_train.build import build_model
-from rpn_train.config import BackboneConfig, DatasetConfig, TopNConfig, TrainConfig
+from rpn_train.config import AnchorsConfig, BackboneConfig, DatasetConfig, TopNConfig, TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.errors import ConfigError, DataError, UserError
+from rpn_train.heads import Outputs
 from rpn_train.losses import box_errors
 from rpn_train.method_config import MethodConfig
-from rpn_train.model import Outputs, autocast
+from rpn_train.model import autocast
 from rpn_train.norms import Norm
 from rpn_train.objective import batch_losses
 from rpn_train.options import (
@@ -429,7 +430,7 @@ def of_losses(name: str) -> Callable[[Any], list[float]]:
         batch = Batch(
             images=torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
             sizes=torch.tensor([[64, 64]]),
-            gt_boxes=torch.tensor([[[2.0, 2, 30, 37]]]),
+            gt_boxes=torch.tensor([[[2.0, 2, 46, 60]]]),
             gt_valid=yes,
             gt_ignore=~yes,
             seeds=torch.tensor([1]),
@@ -439,6 +440,12 @@ def of_losses(name: str) -> Callable[[Any], list[float]]:
         return [*map(float, found[:2]), float(picks.positive.sum())]
 
     return losses
+
+
+def of_head(value: Any) -> type[nn.Module]:
+    method = MethodConfig(head=value, sampling="random" if value == "cascade" else "all")
+    one = AnchorsConfig(ratios=(1.0,))
+    return type(build_model(TrainConfig(anchors=one, method=method)).rpn["head"])
 
 
 CHOICES: dict[str, Callable[[Any], Any]] = {
@@ -459,9 +466,7 @@ CHOICES: dict[str, Callable[[Any], Any]] = {
     "eval.split": lambda value: len(open_split(TrainConfig(), value, "score")[0]),
     "device": of_device,
     "backbone.pyramid": lambda value: PYRAMIDS[value],
-    "method.head": lambda value: type(
-        build_model(TrainConfig(method=MethodConfig(head=value, sampling="all"))).rpn["head"]
-    ),
+    "method.head": of_head,
     "method.assignment": of_losses("assignment"),
     "method.sampling": of_losses("sampling"),
     "method.objectness_loss": of_losses("objectness_loss"),

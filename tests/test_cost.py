@@ -22,7 +22,8 @@ from rpn_train.config import BackboneConfig, ScheduleConfig, TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import propose_batch
-from rpn_train.model import RPN, Outputs
+from rpn_train.heads import Outputs
+from rpn_train.model import RPN
 from rpn_train.objective import batch_losses
 from rpn_train.run_state import build_state
 from rpn_train.step import Clock, training_step
@@ -69,7 +70,7 @@ class Everywhere(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, at: Tensor) -> Outputs:
-        logits, deltas, _ = self.model(images)
+        logits, deltas, *_ = self.model(images)
         return Outputs(logits.gather(1, at), torch.take_along_dim(deltas, at[..., None], 1))
 
 

@@ -12,11 +12,10 @@ from torchvision.ops import box_iou
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.dense_targets import (
     atss_assign,
+    center_region_assign,
     centerness_targets,
-    iou_quality,
     task_aligned_assign,
 )
-from rpn_train.targets import Assignment
 
 CPU = torch.device("cpu")
 # Two levels: three anchors of 10 px in a row, and one of 20 px.
@@ -226,13 +225,34 @@ def test_task_aligned_crowds_and_padding():
     assert (nothing[0], nothing[2]) == ([0, 0], [0, 0])
 
 
-def test_iou_quality_by_hand():
-    """IoU .8 and .5 of positives, nothing of the others, whatever their match."""
-    nan = float("nan")
-    gt = floats([[[nan] * 4, FIRST]])
-    assignment = Assignment(torch.tensor([[1, 1, 0, -1, 0]]), torch.tensor([[1, 1, 1, 1, 0]]))
-    boxes = floats([[*PREDICTIONS[:2], FIRST, FIRST, FIRST]])
-    assert_close(iou_quality(assignment, boxes, gt), floats([[0.8, 0.5, 0, 0, 0]]))
+def test_center_region_by_hand():
+    """Anchors of 10 px every 10 px, of 20 px every 20 px; objects of 14 px and less choose 10."""
+    fine = [[x, y, x + 10, y + 10] for y in (-5, 5, 15) for x in (-5, 5, 15)]  # centres 0, 10, 20
+    coarse = [[x, -10, x + 20, 10] for x in (-10, 10)]  # centres (0, 0) and (20, 0)
+
+    def labels_of(gt, share, **given):
+        rows = flags(len(gt), given.get("valid"), True), flags(len(gt), given.get("ignore"), False)
+        options = {"share": share, "ignore_ioa": 0.5}
+        anchors = floats(fine + coarse)
+        found = center_region_assign(anchors, [9, 2], floats([gt]), *rows, **options)
+        positive = [i for i, label in enumerate(found.labels[0].tolist()) if label == 1]
+        ignored = [i for i, label in enumerate(found.labels[0].tolist()) if label == -1]
+        return positive, ignored, found.matches[0, positive].tolist()
+
+    small = [4, 4, 15, 15]  # its centre is nearest to (10, 10); the middle fifth reaches 1.1 px
+    assert labels_of([small], 0.2) == ([4], [], [0])
+    assert labels_of([[3, 3, 17, 11]], 0.2)[0] == [4]  # centre (10, 7)
+    wide = [-4, 8, 24, 12]  # area 112: the fine level; x from -4 to 24, y from 8 to 12
+    assert labels_of([wide], 1.0)[0] == [3, 4, 5]
+    assert labels_of([wide], 0.5)[0] == [4]  # from 3 to 17
+    large = [0, -10, 19, 10]  # area 380: the coarse level; centre (9.5, 0), nearest to (0, 0)
+    assert labels_of([large], 0.2)[0] == [9]
+    assert labels_of([large], 1.0)[0] == [9]  # (20, 0) is outside
+    # of two objects that want an anchor the one of higher IoU has it
+    assert labels_of([[1, 1, 14, 14], [5, 5, 15, 15]], 0.8) == ([4], [], [1])
+    nothing = labels_of([small], 0.2, valid=[False])
+    assert (nothing[0], nothing[1]) == ([], [])
+    assert labels_of([[5, 5, 15, 15]], 0.2, ignore=[True])[:2] == ([], [4])
 
 
 def test_centerness_by_hand():
@@ -384,12 +404,13 @@ def draw_batch():
 
 
 def assign_both(anchors, gt, valid, ignore, scores, boxes):
-    """Results of both assignments, six tensors."""
+    """Results of all assignments, seven tensors."""
     lengths = GRID.level_lengths(CANVAS)
+    middle = center_region_assign(anchors, lengths, gt, valid, ignore, share=0.4, ignore_ioa=0.5)
     fixed = atss_assign(anchors, lengths, gt, valid, ignore, candidates=9, ignore_ioa=0.5)
     options = {"candidates": 13, "alpha": 1.0, "beta": 6.0, "ignore_ioa": 0.5}
     learned = task_aligned_assign(scores, boxes, anchors, gt, valid, ignore, **options)
-    return *fixed, *learned, iou_quality(fixed, boxes, gt)
+    return *middle, *fixed, *learned
 
 
 def draw_inputs():

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
 from rpn_train.anchors import AnchorGrid
-from rpn_train.boxes import decode
+from rpn_train.boxes import decode, take_boxes
 from rpn_train.losses import box_errors, objectness_loss, rpn_losses
 from rpn_train.model import normalize_images
 from rpn_train.targets import Picks, assign, random_keys, sample
@@ -130,22 +130,19 @@ def random_case(batch=4, slots=6, anchors=40, objects=3):
         "logits": torch.randn(batch, slots, requires_grad=True),
         "deltas": torch.randn(batch, slots, 4, requires_grad=True),
         "picks": Picks(at, positive, valid),
-        "anchors": boxes(anchors),
-        "gt_boxes": gt,
-        "matches": torch.randint(objects, (batch, anchors)),
+        "anchors": boxes(anchors)[at],
+        "gt_boxes": take_boxes(gt, torch.randint(objects, (batch, slots))),
     }
 
 
 def test_giou_is_that_of_the_decoded_boxes():
-    """And each slot meets the anchor it was read at and the object matched to that anchor."""
     case = random_case()
     losses = rpn_losses(**case, box_kind="giou", beta=1.0, stds=ONES, box_weight=2.0, normalizer=10)
     total = 0.0
     for i in range(4):
         for slot in case["picks"].positive[i].nonzero().flatten().tolist():
-            anchor = case["picks"].at[i, slot]
-            pred = decode(case["deltas"][i, slot], case["anchors"][anchor])
-            gt = case["gt_boxes"][i, case["matches"][i, anchor]]
+            pred = decode(case["deltas"][i, slot], case["anchors"][i, slot])
+            gt = case["gt_boxes"][i, slot]
             total += generalized_box_iou_loss(pred[None], gt[None]).sum()
     assert_close(losses.box, total * 2 / 10)
 
@@ -154,9 +151,8 @@ def test_giou_is_that_of_the_decoded_boxes():
 def test_an_image_without_objects_has_no_box_loss(kind):
     """Exactly 0 with zero gradients, even where the slots hold boxes that are no numbers."""
     case = random_case(batch=2)
-    positives = case["picks"].at[0, :3]
-    case["gt_boxes"] = torch.stack([case["anchors"][positives] + 3, torch.full((3, 4), math.nan)])
-    case["matches"][0, positives] = torch.arange(3)
+    case["gt_boxes"][0, :3] = case["anchors"][0, :3] + 3
+    case["gt_boxes"][0, 3:] = case["gt_boxes"][1] = math.nan
     losses = rpn_losses(**case, box_kind=kind, beta=1 / 9, stds=ONES, box_weight=1.0, normalizer=12)
     (losses.objectness + losses.box).backward()
     assert losses.box.isfinite()
@@ -164,8 +160,8 @@ def test_an_image_without_objects_has_no_box_loss(kind):
     assert torch.equal(case["deltas"].grad[0, 3:], torch.zeros(3, 4))
     assert torch.equal(case["deltas"].grad[1], torch.zeros(6, 4))
 
-    alone = {k: v[1:] for k, v in case.items() if k not in ("anchors", "picks")}
-    alone |= {"anchors": case["anchors"], "picks": Picks(*(p[1:] for p in case["picks"]))}
+    alone = {k: v[1:] for k, v in case.items() if k != "picks"}
+    alone |= {"picks": Picks(*(p[1:] for p in case["picks"]))}
     assert (
         rpn_losses(**alone, box_kind=kind, beta=1, stds=ONES, box_weight=1, normalizer=6).box == 0
     )
@@ -186,9 +182,9 @@ def test_the_parts_of_a_batch_add_up(kind):
     whole = rpn_losses(**case, **options)
     parts = []
     for part in (slice(0, 1), slice(1, 4)):
-        cut = {k: v[part] for k, v in case.items() if k not in ("anchors", "picks")}
+        cut = {k: v[part] for k, v in case.items() if k != "picks"}
         picks = Picks(*(p[part] for p in case["picks"]))
-        parts.append(rpn_losses(**cut, picks=picks, anchors=case["anchors"], **options))
+        parts.append(rpn_losses(**cut, picks=picks, **options))
     assert_close(parts[0].objectness + parts[1].objectness, whole.objectness)
     assert_close(parts[0].box + parts[1].box, whole.box)
 
@@ -227,9 +223,8 @@ def test_nothing_waits_for_the_numbers(kind):
         losses = rpn_losses(
             *outputs,
             picks,
-            anchors,
-            gt,
-            assignment.matches,
+            take_boxes(anchors, picks.at),
+            take_boxes(gt, assignment.matches.gather(1, picks.at)),
             box_kind=kind,
             beta=1 / 9,
             stds=ONES,

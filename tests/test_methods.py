@@ -7,23 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.testing import assert_close
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import box_iou, deform_conv2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from rpn_train.anchors import grid_anchors
+from rpn_train.anchors import AnchorGrid, grid_anchors
+from rpn_train.boxes import clip, decode
 from rpn_train.build import build_model
 from rpn_train.compose import compose, readable
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.dense_losses import dense_losses
+from rpn_train.dense_targets import center_region_assign, centerness_targets
 from rpn_train.distributed import Ranks
 from rpn_train.errors import ConfigError
 from rpn_train.evaluate import propose_batch
-from rpn_train.heads import PRIOR, TowerHead
+from rpn_train.heads import PRIOR, CascadeHead, Outputs, TowerHead, adaptive_offsets
 from rpn_train.method_config import MethodConfig
-from rpn_train.model import Outputs, normalize_images
+from rpn_train.model import normalize_images
 from rpn_train.objective import batch_losses, dense_targets
 from rpn_train.options import from_mapping
 from rpn_train.run_state import build_state
@@ -100,6 +104,8 @@ def test_a_typed_method_wins_over_an_experiment() -> None:
         ({"assignment": "atss"}, "method.sampling: expected all with method.assignment=atss, got"),
         ({"head": "towers"}, "method.sampling: expected all with method.head=towers, got random"),
         ({"centerness": True, "sampling": "all"}, "method.head: expected towers with"),
+        ({"learn_background": False}, "method.sampling: expected all with method.learn_backgrou"),
+        ({"head": "cascade", "sampling": "all"}, "method.sampling: expected random with method.h"),
         ({"bg_iou": 0.8}, "method.bg_iou: expected at most method.fg_iou = 0.7, got 0.8"),
     ],
 )
@@ -128,7 +134,7 @@ def test_the_pyramid_is_that_of_torchvisions_retinanet() -> None:
 def test_the_towers_put_out_anchors_in_their_order() -> None:
     head = TowerHead(8, 2, num_convs=2, channels=16, delta_stds=(0.1, 0.1, 0.2, 0.2), quality=True)
     feature = torch.rand(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
-    logits, deltas, quality = head(feature)
+    logits, deltas, quality, _ = head(feature)
     assert (logits.shape, deltas.shape, quality.shape) == ((3, 40), (3, 40, 4), (3, 40))
     assert_close(logits.sigmoid().mean(), torch.tensor(PRIOR), rtol=0.2, atol=0)
     maps = head.bbox_pred(head.bbox_tower(feature))  # [3, 2 * 4, 4, 5]
@@ -193,12 +199,12 @@ def test_a_step_is_the_gradient_of_the_sums_over_the_count(method: str) -> None:
     assert (targets.labels == POSITIVE).sum() > 4
     method_cfg = cfg.method
     sums = dense_losses(
-        *outputs,
+        outputs.logits,
+        outputs.deltas,
+        outputs.quality,
         grid_anchors(grid, batch.canvas, batch.images.device),
         batch.gt_boxes,
-        targets.labels,
-        targets.matches,
-        targets.quality if method == "task_aligned" else None,
+        *targets,
         objectness_kind=method_cfg.objectness_loss,
         box_kind=method_cfg.box_loss,
         beta=method_cfg.smooth_l1_beta,
@@ -246,3 +252,135 @@ def test_a_few_steps_on_one_batch_lower_the_loss(method: str) -> None:
     for _ in range(12):
         training_step(state, state.model, iter([batch]), cfg, 1e-3, 0.1, Clock(), ONE)
     assert loss() < 0.7 * before
+
+
+def test_an_adaptive_convolution_spreads_its_points_over_the_moved_anchor() -> None:
+    """A map that holds its own coordinates tells where each point looked."""
+    boxes = torch.tensor([[[-8.0, -8, 8, 8]] * 12])  # of 3 x 4 cells of stride 8, all the same
+    boxes[0, 6] = torch.tensor([8.0, 2, 20, 20])  # row 1, column 2: centre (14, 11), 12 x 18 px
+    offsets = adaptive_offsets(boxes, (3, 4), stride=8)
+    assert offsets.shape == (1, 18, 3, 4)
+    points = offsets[0, :, 1, 2].view(3, 3, 2)  # row, column, (y, x)
+    for i, dy in enumerate((-1, 0, 1)):
+        for j, dx in enumerate((-1, 0, 1)):
+            y, x = points[i, j].tolist()
+            assert y == pytest.approx((11 + dy * 6) / 8 - (1 + dy))
+            assert x == pytest.approx((14 + dx * 4) / 8 - (2 + dx))
+    rows, columns = torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")
+    maps = torch.stack([rows, columns])[None]  # a cell's value is where it is
+    for k in range(9):
+        weight = torch.zeros(2, 2, 3, 3)
+        weight[:, :, k // 3, k % 3] = torch.eye(2)
+        seen = deform_conv2d(maps, offsets, weight, padding=1)[0, :, 1, 2]
+        expected = points[k // 3, k % 3] + torch.tensor([1 + k // 3 - 1, 2 + k % 3 - 1])
+        if (expected >= 0).all() and (expected <= torch.tensor([2, 3])).all():
+            assert_close(seen, expected)
+
+
+def test_a_cascade_with_anchors_left_alone_is_a_plain_convolution() -> None:
+    """Boxes of 3 x 3 cells around each cell: the nine points are the cells themselves."""
+    head = CascadeHead(8, 1, num_convs=1, channels=16, delta_stds=(0.05, 0.05, 0.1, 0.1))
+    nn.init.zeros_(head.first_bbox_pred.weight)
+    grid = AnchorGrid(((24.0,),), (1.0,), (8,), rounded=True)
+    anchors = grid_anchors(grid, (32, 40), torch.device("cpu"))
+    feature = torch.rand(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
+    logits, deltas, quality, moved = head(feature, anchors, 8)
+    assert quality is None
+    assert_close(moved, anchors.expand(3, -1, -1))
+    hidden = head.conv(head.first_conv(feature)).relu()
+    assert_close(logits, head.cls_logits(hidden).flatten(1), rtol=1e-4, atol=1e-6)
+    assert_close(deltas.shape, (3, 20, 4))
+
+
+def test_the_losses_of_a_cascade_written_out() -> None:
+    """The first stage by the boxes of its positives, the second on the anchors it has moved."""
+    cfg = preset("cascade")
+    model, batch = build_model(cfg), draw_batch(2, empty=1)
+    outputs = model(normalize_images(batch.images, batch.sizes))
+    losses, picks = batch_losses(model, model.grid, batch, cfg, 0.0)
+    assert losses.divisor is None
+    anchors = grid_anchors(model.grid, batch.canvas, ONE.device)
+    flags = batch.gt_valid, batch.gt_ignore
+    lengths = model.grid.level_lengths(batch.canvas)
+    first = center_region_assign(
+        anchors, lengths, batch.gt_boxes, *flags, share=0.2, ignore_ioa=0.5
+    )
+    moving = objectness = box = 0.0
+    for i in range(2):
+        moved = outputs.anchors[i]
+        for row in (first.labels[i] == POSITIVE).nonzero().flatten():
+            gt = batch.gt_boxes[i, first.matches[i, row]]
+            moving += 1 - box_iou(moved[row][None], gt[None])[0, 0]
+        iou = box_iou(moved, batch.gt_boxes[i])
+        for slot, row in enumerate(picks.at[i]):
+            assert picks.valid[i, slot]
+            positive, logit = picks.positive[i, slot], outputs.logits[i, row]
+            objectness += functional.softplus(-logit if positive else logit)
+            if positive:
+                pred = decode(outputs.deltas[i, row], moved[row])
+                gt = batch.gt_boxes[i, iou[row].argmax()]
+                box += 1 - box_iou(pred[None], gt[None])[0, 0]
+    assert picks.positive.sum(1)[0] == 0
+    assert picks.positive.sum(1)[1] >= 3
+    assert_close(losses.objectness, objectness / (256 * 4))
+    expected = 10 * box / (256 * 4) + 10 * moving / (len(anchors) / 200 * 4)
+    assert_close(losses.box, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_second_stage_does_not_move_the_anchors() -> None:
+    """Its loss has no gradient in the first; proposals start from the moved anchors."""
+    cfg = preset("cascade")
+    model, batch = build_model(cfg), draw_batch(1)
+    outputs = model(normalize_images(batch.images, batch.sizes))
+    moved = outputs.starting_from(torch.zeros(1))
+    assert torch.equal(moved, outputs.anchors)
+    decode(outputs.deltas, moved).sum().backward()
+    head = model.rpn["head"]
+    assert head.bbox_pred.weight.grad.abs().sum() > 0
+    assert head.first_bbox_pred.weight.grad is None
+    best = outputs.logits[0].argmax()
+    (proposals,) = propose_batch(model.eval(), batch, cfg)
+    with torch.no_grad():
+        again = model(normalize_images(batch.images, batch.sizes))
+    best = again.logits[0].argmax()
+    expected = clip(decode(again.deltas[0, best], again.anchors[0, best])[None], batch.sizes)
+    assert_close(proposals.boxes[:1], expected)
+
+
+def test_oln_learns_nothing_of_background_and_aims_at_centerness() -> None:
+    cfg = preset("oln")
+    model, batch = build_model(cfg), draw_batch(3, empty=1)
+    outputs = model(normalize_images(batch.images, batch.sizes))
+    losses, picks = batch_losses(model, model.grid, batch, cfg, 0.0)
+    anchors = grid_anchors(model.grid, batch.canvas, ONE.device)
+    assert torch.equal(picks.positive, picks.valid)
+    assert not picks.positive[0].any()
+    total = weights = 0.0
+    for i, row in picks.positive.nonzero().tolist():
+        iou = box_iou(anchors[row][None], batch.gt_boxes[i])[0]
+        assert iou.max() >= 0.3 or iou.max() == box_iou(anchors, batch.gt_boxes[i]).amax(0).min()
+        target = centerness_targets(anchors[row], batch.gt_boxes[i, iou.argmax()])
+        total += (outputs.logits[i, row].sigmoid() - target).abs()
+        weights += target
+    assert picks.positive.sum() > 20
+    assert_close(losses.divisor, weights, rtol=1e-4, atol=1e-4)
+    assert_close(losses.objectness, total / (16 * 4), rtol=1e-4, atol=1e-5)
+
+
+def test_the_classic_may_aim_at_the_iou_of_its_boxes() -> None:
+    cfg = preset("faster_rcnn", "method.objectness_target=quality")
+    model, batch = build_model(cfg), draw_batch(2)
+    losses, picks = batch_losses(model, model.grid, batch, cfg, 0.0)
+    outputs = model(normalize_images(batch.images, batch.sizes))
+    anchors = grid_anchors(model.grid, batch.canvas, ONE.device)
+    total = 0.0
+    for i in range(2):
+        for slot, row in enumerate(picks.at[i]):
+            target = torch.tensor(0.0)
+            if picks.positive[i, slot]:
+                best = box_iou(anchors[row][None], batch.gt_boxes[i]).argmax()
+                pred = decode(outputs.deltas[i, row], anchors[row])
+                target = box_iou(pred[None], batch.gt_boxes[i, best][None])[0, 0]
+            logit = outputs.logits[i, row]
+            total += functional.binary_cross_entropy_with_logits(logit, target.detach())
+    assert_close(losses.objectness, total / (256 * 4), rtol=1e-4, atol=1e-6)

@@ -18,10 +18,10 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.backbones import build_backbone
-from rpn_train.boxes import decode
-from rpn_train.heads import RPNHead
+from rpn_train.boxes import decode, take_boxes
+from rpn_train.heads import Outputs, RPNHead
 from rpn_train.losses import rpn_losses
-from rpn_train.model import RPN, Outputs, autocast, normalize_images
+from rpn_train.model import RPN, autocast, normalize_images
 from rpn_train.proposals import make_proposals
 from rpn_train.targets import assign, random_keys, sample
 
@@ -194,14 +194,13 @@ def test_losses_and_gradients(pair, images):
     assert picks.positive[0].sum() >= 9
 
     ours.zero_grad()
-    logits, deltas, _ = ours(normalize_images(images, SIZES), at=picks.at)
+    logits, deltas, *_ = ours(normalize_images(images, SIZES), at=picks.at)
     losses = rpn_losses(
         logits,
         deltas,
         picks,
-        anchors,
-        boxes,
-        assignment.matches,
+        anchors[picks.at],
+        take_boxes(boxes, assignment.matches.gather(1, picks.at)),
         **BOX_OPTIONS,
         normalizer=256 * 2,
     )
@@ -333,9 +332,8 @@ def test_the_normaliser_does_not_count():
         outputs.logits.gather(1, picks.at),
         outputs.deltas[0, picks.at],
         picks,
-        anchors,
-        boxes,
-        assignment.matches,
+        anchors[picks.at],
+        take_boxes(boxes, assignment.matches.gather(1, picks.at)),
         **BOX_OPTIONS,
         normalizer=256,
     )

@@ -30,7 +30,7 @@ def outputs_and_gradients(model: RPN, images: Tensor, at: Tensor, sparse: bool) 
     model = copy.deepcopy(model)
     if not sparse:
         model._num_sparse = lambda merged, slots: 0  # type: ignore[method-assign]
-    logits, deltas, _ = model(images, at=at)
+    logits, deltas, *_ = model(images, at=at)
     weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
     ((logits * weights).sum() + (deltas.square() * weights[..., None]).sum()).backward()
     return [logits, deltas, *(p.grad for p in model.parameters() if p.grad is not None)]

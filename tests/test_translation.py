@@ -34,7 +34,7 @@ def outputs_of():
         image = torch.zeros(1, 3, *CANVAS)
         row, column = ROW + down, COLUMN + right
         image[0, :, row : row + CONTENT, column : column + CONTENT] = content
-        logits, deltas, _ = model(image)
+        logits, deltas, *_ = model(image)
         found = make_proposals(
             logits,
             deltas,

@@ -47,6 +47,22 @@ def cell_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...], rounded: b
     return cells.round() if rounded else cells
 
 
+def level_anchors(
+    grid: AnchorGrid, level: int, rows: int, columns: int, device: torch.device
+) -> Tensor:
+    """Anchors of one level of rows x columns cells: [rows * columns * A, 4] xyxy px."""
+    stride = grid.strides[level]
+    cells = cell_anchors(grid.sizes[level], grid.ratios, grid.rounded)  # [A, 4]
+    cells = cells.to(device, non_blocking=True)
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float32, device=device) * stride,
+        torch.arange(columns, dtype=torch.float32, device=device) * stride,
+        indexing="ij",
+    )
+    shifts = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)  # [rows * columns, 1, 4]
+    return (shifts + cells).view(-1, 4)
+
+
 @lru_cache(maxsize=64)
 def grid_anchors(grid: AnchorGrid, canvas: tuple[int, int], device: torch.device) -> Tensor:
     """All anchors of a padded image: [R, 4] float32 xyxy px, cached per padded size.
@@ -54,15 +70,8 @@ def grid_anchors(grid: AnchorGrid, canvas: tuple[int, int], device: torch.device
     Order: level, then row, column, ratio, size: the order of the flattened head outputs. Made once
     and shared: never written to.
     """
-    height, width = canvas
-    levels = []
-    for sizes, stride in zip(grid.sizes, grid.strides, strict=True):
-        cells = cell_anchors(sizes, grid.ratios, grid.rounded)  # [A, 4]
-        y, x = torch.meshgrid(
-            torch.arange(height // stride, dtype=torch.float32) * stride,
-            torch.arange(width // stride, dtype=torch.float32) * stride,
-            indexing="ij",
-        )
-        shifts = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)  # [H * W, 1, 4]
-        levels.append((shifts + cells).view(-1, 4))
-    return torch.cat(levels).to(device)
+    levels = [
+        level_anchors(grid, level, canvas[0] // stride, canvas[1] // stride, device)
+        for level, stride in enumerate(grid.strides)
+    ]
+    return torch.cat(levels)

@@ -59,6 +59,11 @@ def area(boxes: Tensor) -> Tensor:
     return (x2 - x1) * (y2 - y1)
 
 
+def take_boxes(boxes: Tensor, at: Tensor) -> Tensor:
+    """The rows of boxes [R, 4] or [B, R, 4] that `at`, int64 [B, S], names: [B, S, 4]."""
+    return boxes.expand(len(at), -1, 4).gather(1, at[..., None].expand(-1, -1, 4))
+
+
 def shared_area(boxes: Tensor, others: Tensor) -> Tensor:
     """Area of the intersections of boxes [..., 4], broadcast."""
     x1, y1, x2, y2 = boxes.unbind(-1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from rpn_train.anchors import AnchorGrid
 from rpn_train.backbones import build_backbone
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import EvalBatches, ReadImage, TrainBatches
+from rpn_train.data.image_cache import ImageCache
 from rpn_train.data.index import Index
 from rpn_train.data.sampler import Planner
+from rpn_train.data.transforms import fit_size
 from rpn_train.distributed import Ranks
 from rpn_train.errors import ConfigError
-from rpn_train.heads import RPNHead, TowerHead
+from rpn_train.heads import CascadeHead, RPNHead, TowerHead
 from rpn_train.method_config import MethodConfig
 from rpn_train.model import RPN
 from rpn_train.targets import AssignmentRule
@@ -34,7 +37,13 @@ def build_model(cfg: TrainConfig) -> RPN:
             pyramid=cfg.backbone.pyramid,
             fpn_norm=cfg.backbone.fpn_norm,
         )
-        return RPN(backbone, anchor_grid(cfg, backbone.strides), _head(cfg.method))
+        grid = anchor_grid(cfg, backbone.strides)
+        if cfg.method.head == "cascade" and grid.per_cell != 1:
+            raise ConfigError(
+                "anchors: expected one size and one ratio on every level with method.head=cascade, "
+                f"got {grid.per_cell} anchors per cell"
+            )
+        return RPN(backbone, grid, _head(cfg.method))
 
 
 def _head(method: MethodConfig) -> Callable[[int, int], nn.Module]:
@@ -46,6 +55,8 @@ def _head(method: MethodConfig) -> Callable[[int, int], nn.Module]:
     }
     if method.head == "towers":
         return partial(TowerHead, quality=method.centerness, **options)
+    if method.head == "cascade":
+        return partial(CascadeHead, **options)
     return partial(RPNHead, **options)
 
 
@@ -131,3 +142,27 @@ def build_eval_batches(
         world=ranks.world,
         unread="blank" if cfg.data.on_error == "skip" else "raise",
     )
+
+
+def add_caches(
+    cfg: TrainConfig, batches: TrainBatches, eval_batches: EvalBatches, folder: Path, ranks: Ranks
+) -> list[ImageCache]:
+    """Give both a cache of their images, if one is asked for; none else.
+
+    Training comes first, and what it leaves of this process's share of the bound is for evaluation.
+
+    Raises:
+        ConfigError: there is no room for them.
+    """
+    if cfg.data.cache is None:
+        return []
+    short_side, max_side = cfg.image.short_side, cfg.image.max_side
+    stored = batches.index.sizes.tolist()
+    sizes = [fit_size((height, width), short_side, max_side) for height, width in stored]
+    limit = int(1e9 * cfg.data.cache_gb / ranks.world)
+    where = folder if cfg.data.cache == "disk" else None
+    first = batches.cache = ImageCache(sizes, range(len(sizes)), limit=limit, folder=where)
+    mine = sorted(row for rows in eval_batches.batches for row in rows)
+    limit -= first.num_bytes
+    second = eval_batches.cache = ImageCache(eval_batches.sizes, mine, limit=limit, folder=where)
+    return [first, second]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpn_train.dense_targets import centerness_targets, matched_boxes
+from rpn_train.boxes import take_boxes
+from rpn_train.dense_targets import centerness_targets
 from rpn_train.losses import box_errors
 from rpn_train.targets import IGNORED, POSITIVE
 
@@ -56,8 +57,14 @@ def quality_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float, gamma: 
     return (logits.sigmoid() - targets).abs().pow(gamma) * each
 
 
+def absolute_error(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """|p - target| of each probability (Kim et al. 2022, section 3.2); neither option is used."""
+    return (logits.sigmoid() - targets).abs()
+
+
 OBJECTNESS_LOSSES: dict[str, Callable[..., Tensor]] = {
     "bce": cross_entropy,
+    "l1": absolute_error,
     "focal": focal_loss,
     "quality_focal": quality_focal_loss,
 }
@@ -96,7 +103,7 @@ def dense_losses(
         objectness_kind: of OBJECTNESS_LOSSES. box_kind, beta, delta_stds: of `box_errors`.
     """
     positive = labels == POSITIVE
-    gt = matched_boxes(gt_boxes, matches)  # [B, R, 4]
+    gt = take_boxes(gt_boxes, matches)  # [B, R, 4]
     targets = positive.float() if quality is None else torch.where(positive, quality, 0.0)
     loss = OBJECTNESS_LOSSES[objectness_kind]
     each = loss(logits.float(), targets, alpha=focal_alpha, gamma=focal_gamma)

@@ -1,4 +1,4 @@
-"""Assignments for methods whose loss reads every anchor: ATSS and task-aligned.
+"""Assignments for methods whose loss reads every anchor: centre region, ATSS and task-aligned.
 
 ATSS counts its candidates for one anchor per cell, as the presets have. Everything works with fixed
 shapes and masks: nothing waits for a GPU. Ties are broken by position (the first anchor, the first
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rpn_train.boxes import area, centers_and_sizes, plain_iou, shared_area
-from rpn_train.targets import POSITIVE, Assignment
+from rpn_train.targets import Assignment
 
 # A centre is inside a box if it is further than this from all sides, px; that of both references.
 INSIDE_PX = 0.01
@@ -24,12 +24,55 @@ _MASK32 = 0xFFFFFFFF
 class DenseTargets(NamedTuple):
     """labels int8 [B, R], matches int64 [B, R] as of `Assignment`; quality float32 [B, R].
 
-    quality: what the objectness of a positive aims at, in [0, 1]; 0 elsewhere.
+    quality: what the objectness of a positive aims at, in [0, 1], anything elsewhere; None: 1.
     """
 
     labels: Tensor
     matches: Tensor
-    quality: Tensor
+    quality: Tensor | None
+
+
+def center_region_assign(
+    anchors: Tensor,
+    level_lengths: Sequence[int],
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    gt_ignore: Tensor,
+    *,
+    share: float,
+    ignore_ioa: float,
+) -> Assignment:
+    """Positive: the anchors in the middle of an object, on the level of its size.
+
+    As the first stage of Cascade RPN (Vu et al. 2019, section 3.3) after Wang et al. 2019 (guided
+    anchoring, section 3.4). The level is that whose anchors' area is nearest to the object's, as a
+    ratio. There, anchors are positive whose centres lie in the object's middle `share`, both ways,
+    and the one nearest to its centre in any case.
+
+    Ignored and background anchors, boxes and flags, one anchor and several objects: as of
+    `atss_assign`, which says what the arguments are. Anchors of a level have equal areas.
+    """
+    centers, _ = centers_and_sizes(anchors)
+    parts = anchors.split(list(level_lengths))
+    areas = torch.stack([area(part[0]) for part in parts])  # [L]
+    levels = [torch.full_like(part[:, 0], i, dtype=torch.int64) for i, part in enumerate(parts)]
+    level_of = torch.cat(levels)  # [R]
+    image_labels, image_matches = [], []
+    every = torch.arange(len(anchors), device=anchors.device).expand(gt_boxes.shape[1], -1)
+    for boxes, valid, ignore in zip(gt_boxes, gt_valid, gt_ignore, strict=True):
+        middles, sizes = centers_and_sizes(boxes)
+        least = torch.finfo(areas.dtype).tiny  # of padding, whose area may be 0
+        level = (area(boxes)[:, None].clamp(min=least) / areas).log().abs().argmin(1)  # [G]
+        near = (centers - middles[:, None]).abs() <= share / 2 * sizes[:, None]  # [G, R, 2]
+        nearest = _nearest(middles, centers, level_lengths, 1).gather(1, level[:, None])
+        positive = near.all(-1) & (level_of == level[:, None])
+        positive = positive.scatter(1, nearest, True) & (valid & ~ignore)[:, None]
+        iou = plain_iou(boxes[:, None], anchors)
+        is_positive, matches = _resolve(every, iou, positive & (iou > 0), len(anchors))
+        crowded = _in_crowd(anchors, boxes, valid & ignore, ignore_ioa)
+        image_labels.append(_labels(is_positive, crowded))
+        image_matches.append(matches)
+    return Assignment(torch.stack(image_labels), torch.stack(image_matches))
 
 
 def atss_assign(
@@ -125,23 +168,6 @@ def task_aligned_assign(
         crowded = _in_crowd(anchors, gt, valid & ignore, ignore_ioa)
         targets.append((_labels(is_positive, crowded), matches, quality))
     return DenseTargets(*map(torch.stack, zip(*targets, strict=True)))
-
-
-def iou_quality(assignment: Assignment, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Quality [B, R] of any assignment: IoU of a positive's prediction with its object, else 0.
-
-    What quality focal loss aims at (Li et al. 2020, section 3.1).
-
-    Args:
-        boxes: [B, R, 4] xyxy px, the predictions, without gradient. gt_boxes: [B, G, 4].
-    """
-    iou = plain_iou(boxes.float(), matched_boxes(gt_boxes, assignment.matches))
-    return torch.where(assignment.labels == POSITIVE, iou, 0.0)
-
-
-def matched_boxes(gt_boxes: Tensor, matches: Tensor) -> Tensor:
-    """The row of gt_boxes [B, G, 4] that each anchor is matched to: [B, R, 4]."""
-    return gt_boxes.gather(1, matches[..., None].expand(-1, -1, 4))
 
 
 def centerness_targets(anchors: Tensor, gt_boxes: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def propose_batch(
     proposals = make_proposals(
         outputs.scores,
         outputs.deltas,
-        grid_anchors(model.grid, batch.canvas, device),
+        outputs.starting_from(grid_anchors(model.grid, batch.canvas, device)),
         model.grid.level_lengths(batch.canvas),
         batch.sizes,
         pre_nms=top.pre_nms,

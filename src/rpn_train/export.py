@@ -113,7 +113,7 @@ class ProposalNetwork(nn.Module):
         logits, deltas = outputs.scores, outputs.deltas
         anchors = grid_anchors.__wrapped__(grid, canvas, images.device)  # its cache wants numbers
         # at all anchors, so that it fails in any runtime where the levels do not fit the canvas
-        boxes = clip(decode(deltas, anchors), sizes[:, None])  # [B, R, 4]
+        boxes = clip(decode(deltas, outputs.starting_from(anchors)), sizes[:, None])  # [B, R, 4]
         start, levels = 0, []
         for of_level in logits.split(grid.level_lengths(canvas), dim=1):
             # a level may have fewer anchors than pre_nms

@@ -2,14 +2,55 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
 
+from rpn_train.boxes import centers_and_sizes, decode
 from rpn_train.sparse import Lateral, stack_at
 
 PRIOR = 0.01  # objectness of every anchor before training (Lin et al. 2017b, section 4.1)
+# Box deltas of the first of two stages are learned as multiples of these (Vu et al. 2019, code).
+FIRST_STDS = (0.1, 0.1, 0.5, 0.5)
+
+
+class Outputs(NamedTuple):
+    """What the head says of each anchor: [B, R] and [B, R, 4]; with `at` S in place of R.
+
+    logits: objectness. quality: a second logit, of how well the box fits; None: the head has none.
+    anchors: [B, R, 4] xyxy px, where a first stage has moved them, to which deltas refer; None:
+    nothing moves them.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    quality: Tensor | None = None
+    anchors: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """Logits [B, R] that rank the proposals: of objectness, or of sqrt(objectness x quality).
+
+        The latter as in ATSS (Zhang et al. 2020); the root keeps it among probabilities.
+        """
+        if self.quality is None:
+            return self.logits
+        log_p = (F.logsigmoid(self.logits) + F.logsigmoid(self.quality)) / 2
+        return log_p - torch.log(-torch.expm1(log_p))
+
+    def starting_from(self, anchors: Tensor) -> Tensor:
+        """The boxes that deltas refer to, of the `anchors` [R, 4] of the grid, without gradient."""
+        return anchors if self.anchors is None else self.anchors.detach()
+
+
+def join_levels(levels: Sequence[Outputs]) -> Outputs:
+    """Outputs of all levels one after the other, float32."""
+    parts = zip(*levels, strict=True)
+    joined = [None if of[0] is None else torch.cat(of, dim=1).float() for of in parts]
+    return Outputs(*cast(list[Tensor], joined))
 
 
 class RPNHead(nn.Module):
@@ -19,6 +60,8 @@ class RPNHead(nn.Module):
     numbers of about the same size.
     """
 
+    delta_stds: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -26,11 +69,11 @@ class RPNHead(nn.Module):
         *,
         num_convs: int,
         channels: int | None,
-        delta_stds: Sequence[float] = (1, 1, 1, 1),
+        delta_stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
         channels = channels or in_channels
-        self.delta_stds = tuple(delta_stds)
+        self.register_buffer("delta_stds", torch.tensor(delta_stds), persistent=False)
         convs = [
             nn.Sequential(nn.Conv2d(c, channels, 3, padding=1), nn.ReLU(inplace=True))
             for c in [in_channels] + [channels] * (num_convs - 1)
@@ -40,9 +83,9 @@ class RPNHead(nn.Module):
         self.bbox_pred = nn.Conv2d(channels, per_cell * 4, 1)
         _initialize(self)
 
-    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, feature: Tensor) -> Outputs:
         """[B, C, H, W] -> logits [B, H * W * A] and deltas [B, H * W * A, 4]."""
-        return self._branches(self.conv(feature))
+        return Outputs(*self._branches(self.conv(feature)))
 
     def at(
         self,
@@ -74,6 +117,8 @@ class TowerHead(nn.Module):
     starts at `PRIOR`, so that the many background anchors do not drown the rest.
     """
 
+    delta_stds: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -86,7 +131,7 @@ class TowerHead(nn.Module):
     ) -> None:
         super().__init__()
         channels = channels or in_channels
-        self.delta_stds = tuple(delta_stds)
+        self.register_buffer("delta_stds", torch.tensor(delta_stds), persistent=False)
         self.cls_tower = _tower(in_channels, channels, num_convs)
         self.bbox_tower = _tower(in_channels, channels, num_convs)
         self.cls_logits = nn.Conv2d(channels, per_cell, 3, padding=1)
@@ -95,14 +140,86 @@ class TowerHead(nn.Module):
         _initialize(self)
         nn.init.constant_(cast(Tensor, self.cls_logits.bias), -math.log((1 - PRIOR) / PRIOR))
 
-    def forward(self, feature: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, feature: Tensor) -> Outputs:
         """[B, C, H, W] -> logits [B, H * W * A], deltas [B, H * W * A, 4] and maybe quality."""
         boxes = self.bbox_tower(feature)
         logits = _rows(self.cls_logits(self.cls_tower(feature)))
         deltas = _deltas(self.bbox_pred(boxes), self.delta_stds)
-        if self.quality is None:
-            return logits, deltas
-        return logits, deltas, _rows(self.quality(boxes))
+        return Outputs(logits, deltas, None if self.quality is None else _rows(self.quality(boxes)))
+
+
+class CascadeHead(nn.Module):
+    """Two stages: the first moves the anchors, the second looks where they are then.
+
+    Cascade RPN (Vu et al. 2019). The first is a stack of 3x3 convolutions dilated by 3, which says
+    nothing of objectness. The second is one adaptive convolution of its features (section 3.2),
+    whose nine points spread evenly over the moved anchor. For one anchor per cell.
+    """
+
+    delta_stds: Tensor
+    first_stds: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        per_cell: int,
+        *,
+        num_convs: int,
+        channels: int | None,
+        delta_stds: Sequence[float],
+    ) -> None:
+        super().__init__()
+        assert per_cell == 1, "checked with the configuration"
+        channels = channels or in_channels
+        self.register_buffer("delta_stds", torch.tensor(delta_stds), persistent=False)
+        self.register_buffer("first_stds", torch.tensor(FIRST_STDS), persistent=False)
+        layers: list[nn.Module] = []
+        for c in [in_channels] + [channels] * (num_convs - 1):
+            layers += [nn.Conv2d(c, channels, 3, padding=3, dilation=3), nn.ReLU(inplace=True)]
+        self.first_conv = nn.Sequential(*layers)
+        self.first_bbox_pred = nn.Conv2d(channels, 4, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cls_logits = nn.Conv2d(channels, 1, 1)
+        self.bbox_pred = nn.Conv2d(channels, 4, 1)
+        _initialize(self)
+
+    def forward(self, feature: Tensor, anchors: Tensor, stride: int) -> Outputs:
+        """[B, C, H, W] -> logits [B, H * W], deltas [B, H * W, 4] and moved anchors [B, H * W, 4].
+
+        Args:
+            anchors: [H * W, 4] xyxy px, of this level. stride: px between neighbours.
+        """
+        hidden = self.first_conv(feature)
+        first = _deltas(self.first_bbox_pred(hidden), self.first_stds)
+        moved = decode(first.float(), anchors)
+        offsets = adaptive_offsets(moved.detach(), feature.shape[-2:], stride)
+        # in float32 whatever the precision: of half numbers, offsets are too coarse
+        with torch.autocast(feature.device.type, enabled=False):
+            weight, bias = self.conv.weight.float(), self.conv.bias
+            hidden = deform_conv2d(hidden.float(), offsets, weight, bias, padding=1).relu()
+        deltas = _deltas(self.bbox_pred(hidden), self.delta_stds)
+        return Outputs(_rows(self.cls_logits(hidden)), deltas, anchors=moved)
+
+
+def adaptive_offsets(boxes: Tensor, cells: Sequence[int], stride: int) -> Tensor:
+    """Where a 3x3 convolution looks instead of its own 3 x 3 cells: [B, 18, H, W], cells.
+
+    At the centres of the nine parts of the box of each cell, cut in three both ways (Vu et al.
+    2019, section 3.2). The order is that of `deform_conv2d`: y and x of each point, row by row.
+
+    Args:
+        boxes: [B, H * W, 4] xyxy px. cells: (H, W); the first is centred at (0, 0).
+    """
+    height, width = cells
+    centers, sizes = centers_and_sizes(boxes.unflatten(1, (height, width)) / stride)
+    own_y = torch.arange(height, device=boxes.device)[:, None]
+    own_x = torch.arange(width, device=boxes.device)
+    offsets = []
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            offsets.append(centers[..., 1] + dy * sizes[..., 1] / 3 - (own_y + dy))
+            offsets.append(centers[..., 0] + dx * sizes[..., 0] / 3 - (own_x + dx))
+    return torch.stack(offsets, dim=1)
 
 
 def _tower(in_channels: int, channels: int, num_convs: int) -> nn.Sequential:
@@ -129,9 +246,6 @@ def _rows(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).flatten(1)
 
 
-def _deltas(maps: Tensor, stds: tuple[float, ...]) -> Tensor:
+def _deltas(maps: Tensor, stds: Tensor) -> Tensor:
     """[B, A * 4, H, W] -> [B, H * W * A, 4]."""
-    deltas = _rows(maps).unflatten(1, (-1, 4))
-    if stds == (1, 1, 1, 1):
-        return deltas
-    return deltas * torch.tensor(stds).to(deltas.device, non_blocking=True)
+    return _rows(maps).unflatten(1, (-1, 4)) * stds

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpn_train.boxes import complete_iou, decode, encode, generalized_iou, plain_iou
+from rpn_train.boxes import (
+    complete_iou,
+    decode,
+    encode,
+    generalized_iou,
+    plain_iou,
+)
 from rpn_train.targets import Picks
 
 
@@ -24,11 +30,15 @@ class Losses(NamedTuple):
     box: Tensor
 
 
-def objectness_loss(logits: Tensor, picks: Picks) -> Tensor:
-    """Sum over valid slots of binary cross entropy: logits [B, S] -> scalar."""
-    each = F.binary_cross_entropy_with_logits(
-        logits.float(), picks.positive.float(), reduction="none"
-    )
+def objectness_loss(logits: Tensor, picks: Picks, quality: Tensor | None = None) -> Tensor:
+    """Sum over valid slots of binary cross entropy: logits [B, S] -> scalar.
+
+    Args:
+        quality: [B, S] what the objectness of a positive aims at; None: 1.
+    """
+    positive = picks.positive
+    targets = positive.float() if quality is None else torch.where(positive, quality, 0.0)
+    each = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     return (each * picks.valid).sum()
 
 
@@ -79,7 +89,7 @@ def rpn_losses(
     picks: Picks,
     anchors: Tensor,
     gt_boxes: Tensor,
-    matches: Tensor,
+    quality: Tensor | None = None,
     *,
     box_kind: str,
     beta: float,
@@ -91,14 +101,13 @@ def rpn_losses(
 
     Args:
         logits, deltas: [B, S] and [B, S, 4], at `picks.at`.
-        anchors: [R, 4]. gt_boxes: [B, G, 4]. matches: int64 [B, R], rows of gt_boxes.
+        anchors, gt_boxes: [B, S, 4] xyxy px, of each slot; gt_boxes may hold anything where it is
+            not positive. quality: of `objectness_loss`.
         box_kind, beta, stds: of `box_errors`.
         normalizer: slots per image x images of the whole batch, over all processes.
     """
-    matched = matches.gather(1, picks.at)  # [B, S]
-    gt = gt_boxes.gather(1, matched[..., None].expand(-1, -1, 4))  # [B, S, 4]
     errors = box_errors(
-        deltas, anchors[picks.at], gt, picks.positive, kind=box_kind, beta=beta, stds=stds
+        deltas, anchors, gt_boxes, picks.positive, kind=box_kind, beta=beta, stds=stds
     )
     box = errors.sum() * box_weight
-    return Losses(objectness_loss(logits, picks) / normalizer, box / normalizer)
+    return Losses(objectness_loss(logits, picks, quality) / normalizer, box / normalizer)

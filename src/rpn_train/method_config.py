@@ -1,19 +1,28 @@
 """The options of methods: what the head is, which anchors learn what, and by which losses."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from rpn_train.errors import ConfigError
 from rpn_train.options import option
 
 # What needs a loss that reads every anchor.
-_OF_ALL_ANCHORS = ("head", "centerness", "assignment", "objectness_loss", "objectness_target")
+_OF_ALL_ANCHORS = {
+    "head": ("towers",),
+    "centerness": (True,),
+    "assignment": ("atss", "task_aligned", "center_region"),
+    "objectness_loss": ("focal", "quality_focal", "l1"),
+    "objectness_target": ("centerness",),
+    "learn_background": (False,),
+}
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    head: Literal["shared", "towers"] = option(
-        "shared", "one stack of convolutions for both branches, or one for each, with group norm"
+    head: Literal["shared", "towers", "cascade"] = option(
+        "shared",
+        "one stack of convolutions for both branches, or one for each, with group norm, or a first "
+        "stage that moves the anchors and a second that looks where they are then (Vu 2019)",
     )
     num_convs: int = option(1, "3x3 convolutions in a stack", low=1)
     channels: int | None = option(None, "channels of the head; null: the backbone's", low=1)
@@ -25,8 +34,10 @@ class MethodConfig:
         "box deltas are learned as multiples of these (.11 .11 .33 .33)",
         above=0,
     )
-    assignment: Literal["max_iou", "atss", "task_aligned"] = option(
-        "max_iou", "which anchors are positive: by IoU (Ren 2015), Zhang 2020, Feng 2021"
+    assignment: Literal["max_iou", "atss", "task_aligned", "center_region"] = option(
+        "max_iou",
+        "which anchors are positive: by IoU (Ren 2015), Zhang 2020, Feng 2021, in the middle of an "
+        "object (the first stage of a cascade has that in any case)",
     )
     fg_iou: float = option(0.7, "max_iou: an anchor is positive from this IoU on", low=0, high=1)
     bg_iou: float = option(0.3, "max_iou: it is background below this IoU", low=0, high=1)
@@ -42,6 +53,9 @@ class MethodConfig:
     border: Literal["use", "ignore"] = option(
         "use", "max_iou: anchors across the image border: train on them, or not (the paper)"
     )
+    center_share: float = option(
+        0.2, "center_region: the middle of an object, as a share of its sides", above=0, high=1
+    )
     atss_candidates: int = option(9, "nearest anchors of each level that an object looks at", low=1)
     aligned_candidates: int = option(13, "task_aligned: most positives of an object", low=1)
     aligned_alpha: float = option(1.0, "task_aligned: score^alpha x IoU^beta", low=0)
@@ -54,11 +68,15 @@ class MethodConfig:
     )
     num_samples: int = option(256, "random: anchors sampled per image", low=1)
     fg_fraction: float = option(0.5, "random: positives among them at most", above=0, high=1)
-    objectness_loss: Literal["bce", "focal", "quality_focal"] = option(
-        "bce", "cross entropy, or Lin 2017, Li 2020: for all anchors"
+    objectness_loss: Literal["bce", "focal", "quality_focal", "l1"] = option(
+        "bce", "cross entropy, or for all anchors Lin 2017, Li 2020, or the absolute error"
     )
-    objectness_target: Literal["label", "quality"] = option(
-        "label", "of a positive: 1, or the IoU of its box (task_aligned: its alignment)"
+    objectness_target: Literal["label", "quality", "centerness"] = option(
+        "label",
+        "of a positive: 1, the IoU of its box (task_aligned: its alignment), or how central it is",
+    )
+    learn_background: bool = option(
+        True, "false: objectness is learned from positives alone (Kim 2022)"
     )
     focal_alpha: float = option(0.25, "weight of positives in the focal loss", low=0, high=1)
     focal_gamma: float = option(2.0, "exponent of the focal losses", low=1)
@@ -73,14 +91,17 @@ class MethodConfig:
             raise ConfigError(
                 f"method.bg_iou: expected at most method.fg_iou = {self.fg_iou}, got {self.bg_iou}"
             )
-        for option_of in fields(self):
-            name, value = option_of.name, getattr(self, option_of.name)
-            differs = name in _OF_ALL_ANCHORS and value != option_of.default
-            if differs and self.sampling != "all":
+        for name, values in _OF_ALL_ANCHORS.items():
+            value = getattr(self, name)
+            if value in values and self.sampling != "all":
                 raise ConfigError(
                     f"method.sampling: expected all with method.{name}={value}, got {self.sampling}"
                 )
         if self.centerness and self.head != "towers":
             raise ConfigError(
                 f"method.head: expected towers with method.centerness=true, got {self.head}"
+            )
+        if self.head == "cascade" and self.sampling != "random":
+            raise ConfigError(
+                f"method.sampling: expected random with method.head=cascade, got {self.sampling}"
             )

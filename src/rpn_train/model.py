@@ -6,42 +6,19 @@ State-dict keys are those of `torchvision.models.detection.FasterRCNN` (`backbon
 
 from collections.abc import Callable
 from itertools import accumulate, takewhile
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rpn_train.anchors import AnchorGrid
+from rpn_train.anchors import AnchorGrid, level_anchors
 from rpn_train.backbones import Backbone
-from rpn_train.heads import RPNHead
+from rpn_train.heads import CascadeHead, Outputs, RPNHead, join_levels
 from rpn_train.sparse import Lateral
 
 # Mean and deviation of ImageNet in RGB 0..1, which all torchvision weights expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-
-
-class Outputs(NamedTuple):
-    """What the head says of each anchor, float32: [B, R] and [B, R, 4]; with `at` S in place of R.
-
-    logits: objectness. quality: a second logit, of how well the box fits; None: the head has none.
-    """
-
-    logits: Tensor
-    deltas: Tensor
-    quality: Tensor | None = None
-
-    @property
-    def scores(self) -> Tensor:
-        """Logits [B, R] that rank the proposals: of objectness, or of sqrt(objectness x quality).
-
-        The latter as in ATSS (Zhang et al. 2020); the root keeps it among probabilities.
-        """
-        if self.quality is None:
-            return self.logits
-        log_p = (F.logsigmoid(self.logits) + F.logsigmoid(self.quality)) / 2
-        return log_p - torch.log(-torch.expm1(log_p))
 
 
 class RPN(nn.Module):
@@ -71,9 +48,16 @@ class RPN(nn.Module):
         """
         if at is not None:
             return self._forward_at(images, at)
-        levels = [self.rpn["head"](feature) for feature in self.backbone(images)]
-        # [B, R], [B, R, 4] and, with a third branch, [B, R]
-        return Outputs(*(torch.cat(of, dim=1).float() for of in zip(*levels, strict=True)))
+        features = enumerate(self.backbone(images))
+        return join_levels([self._forward_level(level, feature) for level, feature in features])
+
+    def _forward_level(self, level: int, feature: Tensor) -> Outputs:
+        head = self.rpn["head"]
+        if not isinstance(head, CascadeHead):
+            return cast(Outputs, head(feature))
+        height, width = feature.shape[-2:]
+        anchors = level_anchors(self.grid, level, height, width, feature.device)
+        return cast(Outputs, head(feature, anchors, self.grid.strides[level]))
 
     def _forward_at(self, images: Tensor, at: Tensor) -> Outputs:
         """Outputs at sampled anchors, the fine levels computed at their cells alone."""
@@ -103,8 +87,8 @@ class RPN(nn.Module):
             start, here = starts[num_sparse], _slots_of(anchor, starts[num_sparse], ends[-1])
             of_image = image[here] * (ends[-1] - start)
             place = of_image + (anchor[here] - start).clamp(min=0)
-            logits = torch.cat([logits for logits, _ in dense], dim=1).flatten()
-            deltas = torch.cat([deltas for _, deltas in dense], dim=1).flatten(0, 1)
+            logits = torch.cat([of_level.logits for of_level in dense], dim=1).flatten()
+            deltas = torch.cat([of_level.deltas for of_level in dense], dim=1).flatten(0, 1)
             parts.append((logits.index_select(0, place), deltas.index_select(0, place)))
             slots[num_sparse:] = [here]
         logits, deltas = _joined(parts, slots, starts, anchor)

@@ -6,20 +6,38 @@ import torch
 from torch import Tensor, nn
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
-from rpn_train.boxes import decode
+from rpn_train.boxes import decode, plain_iou, take_boxes
 from rpn_train.build import assignment_rule
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.dense_losses import dense_losses
-from rpn_train.dense_targets import DenseTargets, atss_assign, iou_quality, task_aligned_assign
-from rpn_train.losses import rpn_losses
+from rpn_train.dense_targets import (
+    DenseTargets,
+    atss_assign,
+    center_region_assign,
+    centerness_targets,
+    task_aligned_assign,
+)
+from rpn_train.heads import Outputs
+from rpn_train.losses import Losses, rpn_losses
 from rpn_train.method_config import MethodConfig
-from rpn_train.model import Outputs, autocast, normalize_images
-from rpn_train.targets import IGNORED, POSITIVE, Assignment, Picks, assign, random_keys, sample
+from rpn_train.model import autocast, normalize_images
+from rpn_train.targets import (
+    IGNORED,
+    POSITIVE,
+    Assignment,
+    Picks,
+    assign,
+    assign_dense,
+    random_keys,
+    sample,
+)
 
 # Sums over anchors are divided by this before the number of positives of the step is known: it is
 # about that of an image, so that gradients in half precision stay in its range.
 POSITIVES_PER_IMAGE = 16
+# The sum over a first stage's positives is divided by this share of all anchors.
+FIRST_STAGE_SHARE = 1 / 200
 
 
 class BatchLosses(NamedTuple):
@@ -48,44 +66,90 @@ def batch_losses(
     Args:
         progress: share of the run that is done, 0..1.
     """
+    anchors = grid_anchors(grid, batch.canvas, batch.images.device)
+    if cfg.method.head == "cascade":
+        return _losses_of_two_stages(network, grid, anchors, batch, cfg)
     if cfg.method.sampling == "all":
-        return _losses_of_all(network, grid, batch, cfg, progress)
-    return _losses_of_sample(network, grid, batch, cfg)
+        return _losses_of_all(network, grid, anchors, batch, cfg, progress)
+    # the classic: which anchors are read follows from boxes and anchors, so it comes first
+    assignment, picks = sampled_targets(grid, batch, cfg.method)
+    outputs = _ask(network, batch, cfg, picks.at)
+    losses = _losses_of_sample(outputs, anchors, batch, assignment, picks, cfg)
+    return BatchLosses(*losses, None), picks
 
 
 def _losses_of_sample(
-    network: nn.Module, grid: AnchorGrid, batch: Batch, cfg: TrainConfig
-) -> tuple[BatchLosses, Picks]:
-    """The classic: which anchors are read follows from boxes and anchors, so it comes first.
+    outputs: Outputs,
+    anchors: Tensor,
+    batch: Batch,
+    assignment: Assignment,
+    picks: Picks,
+    cfg: TrainConfig,
+) -> Losses:
+    """Losses of the outputs at `picks`.
 
     The normaliser is that of the whole batch over all processes and pieces, so the losses of all
     add up to the loss of the step.
+
+    Args:
+        anchors: [R, 4] or [B, R, 4], to which deltas refer.
     """
     method = cfg.method
-    assignment, picks = sampled_targets(grid, batch, method)
-    outputs = _ask(network, batch, cfg, picks.at)
-    losses = rpn_losses(
+    anchors = take_boxes(anchors, picks.at)  # [B, S, 4]
+    gt = take_boxes(batch.gt_boxes, assignment.matches.gather(1, picks.at))
+    return rpn_losses(
         outputs.logits,
         outputs.deltas,
         picks,
-        grid_anchors(grid, batch.canvas, batch.images.device),
-        batch.gt_boxes,
-        assignment.matches,
+        anchors,
+        gt,
+        _quality(outputs.deltas, anchors, gt, method),
         box_kind=method.box_loss,
         beta=method.smooth_l1_beta,
         stds=method.delta_stds,
         box_weight=method.box_weight,
         normalizer=method.num_samples * cfg.schedule.batch_size,
     )
-    return BatchLosses(*losses, None), picks
+
+
+def _losses_of_two_stages(
+    network: nn.Module, grid: AnchorGrid, anchors: Tensor, batch: Batch, cfg: TrainConfig
+) -> tuple[BatchLosses, Picks]:
+    """Cascade RPN (Vu et al. 2019): the classic, on anchors that a first stage has moved.
+
+    That stage learns by the IoU of the moved anchors of the centre region. Its sum is divided by a
+    share of all anchors, as in the authors' code: a number that processes and pieces agree on.
+    """
+    method = cfg.method
+    outputs = _ask(network, batch, cfg, None)
+    assert outputs.anchors is not None
+    first = _center_region(grid, anchors, batch, method)
+    positive = first.labels == POSITIVE
+    gt = take_boxes(batch.gt_boxes, first.matches)
+    # what has no object meets itself: finite values and gradients
+    error = 1 - plain_iou(
+        torch.where(positive[..., None], outputs.anchors, anchors),
+        torch.where(positive[..., None], gt, anchors),
+    )
+    normalizer = FIRST_STAGE_SHARE * len(anchors) * cfg.schedule.batch_size
+    moving = method.box_weight * torch.where(positive, error, 0.0).sum() / normalizer
+    moved = outputs.starting_from(anchors)
+    second, picks = sampled_targets(grid, batch, method, moved)
+    at_picks = Outputs(outputs.logits.gather(1, picks.at), take_boxes(outputs.deltas, picks.at))
+    objectness, box = _losses_of_sample(at_picks, moved, batch, second, picks, cfg)
+    return BatchLosses(objectness, box + moving, None), picks
 
 
 def _losses_of_all(
-    network: nn.Module, grid: AnchorGrid, batch: Batch, cfg: TrainConfig, progress: float
+    network: nn.Module,
+    grid: AnchorGrid,
+    anchors: Tensor,
+    batch: Batch,
+    cfg: TrainConfig,
+    progress: float,
 ) -> tuple[BatchLosses, Picks]:
     """Every anchor is read; which are positive may follow from what the network says of them."""
     method = cfg.method
-    anchors = grid_anchors(grid, batch.canvas, batch.images.device)
     outputs = _ask(network, batch, cfg, None)
     targets = dense_targets(grid, batch, outputs, method, progress)
     sums = dense_losses(
@@ -94,9 +158,7 @@ def _losses_of_all(
         outputs.quality,
         anchors,
         batch.gt_boxes,
-        targets.labels,
-        targets.matches,
-        targets.quality if method.objectness_target == "quality" else None,
+        *targets,
         objectness_kind=method.objectness_loss,
         box_kind=method.box_loss,
         beta=method.smooth_l1_beta,
@@ -114,11 +176,18 @@ def _losses_of_all(
     return losses, Picks(at, positive, read)
 
 
+@torch.no_grad()
 def sampled_targets(
-    grid: AnchorGrid, batch: Batch, method: MethodConfig
+    grid: AnchorGrid, batch: Batch, method: MethodConfig, moved: Tensor | None = None
 ) -> tuple[Assignment, Picks]:
-    """What every anchor is, and which of them are sampled."""
-    assignment = _assign(grid, batch, method)
+    """What every anchor is, and which of them are sampled.
+
+    Args:
+        moved: [B, R, 4] where a first stage has moved the anchors; None: they are those of `grid`.
+    """
+    assignment = (
+        _assign(grid, batch, method) if moved is None else _assign_moved(moved, batch, method)
+    )
     picks = sample(
         assignment.labels,
         random_keys(batch.seeds, assignment.labels.shape[1]),
@@ -134,17 +203,31 @@ def dense_targets(
 ) -> DenseTargets:
     """What every anchor learns, by the assignment of the method."""
     anchors = grid_anchors(grid, batch.canvas, batch.images.device)
+    targets = _assign_all(grid, anchors, batch, outputs, method, progress)
+    labels, matches, quality = targets
+    if not method.learn_background:
+        labels = torch.where(labels == POSITIVE, labels, IGNORED)
+    if method.objectness_target == "label":
+        quality = None
+    elif quality is None:
+        gt = take_boxes(batch.gt_boxes, matches)
+        quality = _quality(outputs.deltas, anchors, gt, method)
+    return DenseTargets(labels, matches, quality)
+
+
+def _assign_all(
+    grid: AnchorGrid,
+    anchors: Tensor,
+    batch: Batch,
+    outputs: Outputs,
+    method: MethodConfig,
+    progress: float,
+) -> DenseTargets:
     if method.assignment == "max_iou":
-        assignment = _assign(grid, batch, method)
-    elif method.assignment == "atss" or progress < method.aligned_from:
-        assignment = atss_assign(
-            anchors,
-            grid.level_lengths(batch.canvas),
-            *_objects(batch),
-            candidates=method.atss_candidates,
-            ignore_ioa=method.ignore_ioa,
-        )
-    else:
+        return DenseTargets(*_assign(grid, batch, method), None)
+    if method.assignment == "center_region":
+        return DenseTargets(*_center_region(grid, anchors, batch, method), None)
+    if method.assignment == "task_aligned" and progress >= method.aligned_from:
         return task_aligned_assign(
             outputs.logits.sigmoid(),
             decode(outputs.deltas, anchors),
@@ -155,13 +238,48 @@ def dense_targets(
             beta=method.aligned_beta,
             ignore_ioa=method.ignore_ioa,
         )
-    quality = iou_quality(assignment, decode(outputs.deltas, anchors), batch.gt_boxes)
-    return DenseTargets(*assignment, quality)
+    assignment = atss_assign(
+        anchors,
+        grid.level_lengths(batch.canvas),
+        *_objects(batch),
+        candidates=method.atss_candidates,
+        ignore_ioa=method.ignore_ioa,
+    )
+    return DenseTargets(*assignment, None)
+
+
+def _quality(deltas: Tensor, anchors: Tensor, gt: Tensor, method: MethodConfig) -> Tensor | None:
+    """What the objectness of a positive aims at, [B, S], of anchors and objects [B, S, 4]."""
+    if method.objectness_target == "label":
+        return None
+    if method.objectness_target == "centerness":
+        return centerness_targets(anchors, gt)
+    return plain_iou(decode(deltas.detach().float(), anchors), gt)
 
 
 def _assign(grid: AnchorGrid, batch: Batch, method: MethodConfig) -> Assignment:
     rule = assignment_rule(method)
     return assign(grid, batch.canvas, *_objects(batch), batch.sizes, **rule)
+
+
+def _assign_moved(moved: Tensor, batch: Batch, method: MethodConfig) -> Assignment:
+    """The same for anchors [B, R, 4] that differ between images."""
+    rule = assignment_rule(method)
+    images = zip(moved, *(t.split(1) for t in (*_objects(batch), batch.sizes)), strict=True)
+    each = [assign_dense(anchors, *of_image, **rule) for anchors, *of_image in images]
+    return Assignment(*map(torch.cat, zip(*each, strict=True)))
+
+
+def _center_region(
+    grid: AnchorGrid, anchors: Tensor, batch: Batch, method: MethodConfig
+) -> Assignment:
+    return center_region_assign(
+        anchors,
+        grid.level_lengths(batch.canvas),
+        *_objects(batch),
+        share=method.center_share,
+        ignore_ioa=method.ignore_ioa,
+    )
 
 
 def _objects(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from rpn_train.boxes import clip, decode
+from rpn_train.boxes import clip, decode, take_boxes
 
 _Level = tuple[Tensor, Tensor]  # candidates of one level of one image: boxes [k, 4], logits [k]
 
@@ -44,7 +44,7 @@ def make_proposals(
 
     Args:
         logits, deltas: [B, R] and [B, R, 4], levels one after the other.
-        anchors: [R, 4] xyxy px.
+        anchors: [R, 4] or [B, R, 4] xyxy px, to which deltas refer.
         level_lengths: anchors of each level, summing to R.
         sizes: [B, 2] height and width of each image without padding, px.
         pre_nms, post_nms: kept per level before, and per image after, NMS.
@@ -60,8 +60,8 @@ def make_proposals(
         of_level = logits[:, start : start + length]
         top, index = of_level.topk(min(pre_nms, length), dim=1)
         index = index + start
-        picked = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = clip(decode(picked, anchors[index]), sizes[:, None])
+        boxes = decode(take_boxes(deltas, index), take_boxes(anchors, index))
+        boxes = clip(boxes, sizes[:, None])
         candidates.append((boxes, top))
         start += length
     levels = [(boxes[i], top[i]) for i in range(len(logits)) for boxes, top in candidates]

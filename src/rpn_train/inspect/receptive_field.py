@@ -5,8 +5,8 @@ then the farthest column that it depends on: a convolution finds the farthest in
 the farther of its terms, and what only moves numbers moves these too. It reads no weight, and is
 exact for any network of known operators: where gradients are not zero (`test_receptive_field.py`).
 
-Not counted is what scales a map as a whole: a gate (squeeze and excitation), the statistics of a
-group norm. Through these few numbers a cell depends on all pixels, but on none in particular.
+Not counted is what scales a map as a whole, a gate (squeeze and excitation) or the statistics of a
+group norm: through it a cell depends on all pixels, but on none in particular.
 
 In effect: gradients say how much of that field counts (Luo et al. 2016, "Understanding the
 effective receptive field in deep convolutional neural networks").
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from rpn_train.anchors import AnchorGrid, cell_anchors
 from rpn_train.errors import ConfigError
+from rpn_train.heads import CascadeHead
 from rpn_train.model import RPN
 
 # Images [B, 3, H, W], H and W multiples of the largest stride -> a map [B, C, H/s, W/s] per stride.
@@ -66,9 +67,9 @@ class EffectiveField:
     centre: tuple[int, int]
 
     def side(self, share: float = 0.95) -> int:
-        """Side of the smallest square of pixels around `centre` with this share of the heat.
+        """Side of the smallest square around `centre` with this share of the heat; 0: none has any.
 
-        It may reach beyond the image. 0 if there is no heat.
+        It may reach beyond the image.
         """
         y, x = (
             (torch.arange(length) - middle).abs()
@@ -176,11 +177,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _logits(model: RPN, images: Tensor) -> list[Tensor]:
-    """[B, A, H/s, W/s] per level."""
-    return [
-        model.rpn["head"](feature)[0].unflatten(1, (*feature.shape[-2:], -1)).permute(0, 3, 1, 2)
-        for feature in model.backbone(images)
-    ]
+    """[B, A, H/s, W/s] per level; of two stages the first: the second looks anywhere."""
+    head, maps = model.rpn["head"], model.backbone(images)
+    if isinstance(head, CascadeHead):
+        return [head.first_bbox_pred(head.first_conv(m)) for m in maps]
+    return [head(m)[0].unflatten(1, (*m.shape[2:], -1)).permute(0, 3, 1, 2) for m in maps]
 
 
 def _along(network: Network, strides: Sequence[int], axis: int) -> list[tuple[float, float]]:

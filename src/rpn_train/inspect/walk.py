@@ -20,9 +20,9 @@ from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, canvas_of
 from rpn_train.data.transforms import fit_size
 from rpn_train.evaluate import propose_batch
-from rpn_train.heads import RPNHead, TowerHead
+from rpn_train.heads import CascadeHead, RPNHead, TowerHead, join_levels
 from rpn_train.method_config import MethodConfig
-from rpn_train.model import RPN, Outputs
+from rpn_train.model import RPN
 from rpn_train.objective import sampled_targets
 from rpn_train.proposals import Proposals, make_proposals
 from rpn_train.targets import POSITIVE
@@ -113,9 +113,10 @@ class Walk:
         return self.image.shape[1], self.image.shape[2]
 
     @property
-    def head(self) -> type[RPNHead | TowerHead]:
+    def head(self) -> type[RPNHead | TowerHead | CascadeHead]:
         """What the network has for a head."""
-        return TowerHead if self.cfg.method.head == "towers" else RPNHead
+        heads = {"towers": TowerHead, "cascade": CascadeHead, "shared": RPNHead}
+        return heads[self.cfg.method.head]
 
     def behind(self, count: int) -> Tensor:
         """int64 [n]: the anchors that the best proposals were made of, n <= count."""
@@ -173,10 +174,10 @@ def walk(
             (proposals,) = propose_batch(model, batch, cfg)
     finally:
         model.train(training)
-    of_levels = zip(*heard["head"], strict=True)
-    outputs = Outputs(*(torch.cat(parts, 1).float() for parts in of_levels))
+    outputs = join_levels(heard["head"])
     logits, deltas = outputs.scores, outputs.deltas
-    anchors = grid_anchors(model.grid, canvas, logits.device)
+    anchors = outputs.starting_from(grid_anchors(model.grid, canvas, logits.device))
+    anchors = anchors.expand_as(deltas)[0]
     boxes = clip(decode(deltas[0], anchors), batch.sizes)
     return Walk(
         name=index.file_name(row),
@@ -188,9 +189,9 @@ def walk(
         anchors=anchors.cpu(),
         logits=logits[0].cpu(),
         boxes=boxes.cpu(),
-        levels=_levels(model.grid, batch, heard["backbone"], logits, deltas, cfg),
+        levels=_levels(model.grid, batch, heard["backbone"], logits, deltas, anchors, cfg),
         proposals=_on_cpu(proposals),
-        kernel=cast(RPNHead | TowerHead, model.rpn["head"]).cls_logits.kernel_size[0],
+        kernel=cast(RPNHead | TowerHead | CascadeHead, model.rpn["head"]).cls_logits.kernel_size[0],
         shapes={name: [tuple(m.shape[1:]) for m in heard[name]] for name in PARTS},
         truth=_truth(model.grid, batch, cfg) if truth else None,
     )
@@ -199,7 +200,7 @@ def walk(
 @contextmanager
 def _listening(model: RPN) -> Iterator[dict[str, list[Any]]]:
     """What the parts of the network put out meanwhile, level by level."""
-    head = cast(RPNHead | TowerHead, model.rpn["head"])
+    head = cast(RPNHead | TowerHead | CascadeHead, model.rpn["head"])
     modules = (model.backbone.body, model.backbone, head.cls_logits, head.bbox_pred, head)
     heard: dict[str, list[Any]] = {name: [] for name in (*PARTS, "head")}
 
@@ -224,11 +225,11 @@ def _levels(
     features: list[Tensor],
     logits: Tensor,
     deltas: Tensor,
+    anchors: Tensor,
     cfg: TrainConfig,
 ) -> tuple[Level, ...]:
     """Each level by itself, with what NMS is given there and what it leaves."""
     top = cfg.proposals.train if cfg.eval.split == "train" else cfg.proposals.test
-    anchors = grid_anchors(grid, batch.canvas, logits.device)
     levels, start = [], 0
     for stride, feature, length in zip(
         grid.strides, features, grid.level_lengths(batch.canvas), strict=True
