@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from benchmark_model import count_gflop, count_parameters
+from benchmark_model import count_gflop, count_parameters, counting
 from benchmarking import (
     RESNETS,
     WHOLE,
@@ -48,7 +48,6 @@ from benchmarking import (
 )
 from matplotlib.figure import Figure
 from small_run import command
-from torch.utils.flop_counter import FlopCounterMode
 
 from rpn_train.cli import compose_run
 from rpn_train.compose import quoted, readable
@@ -68,7 +67,7 @@ from rpn_train.shell import guarded
 Table = Mapping[str, Sequence[str]]  # title of a row -> a cell for each method
 Summary = dict[str, dict[str, Any]]  # method -> what `summarize` makes of its runs
 
-METHODS = ("faster_rcnn", "retina", "atss", "task_aligned")
+METHODS = ("faster_rcnn", "retina", "atss", "task_aligned", "cascade", "oln")
 DETAILED = (100, 1000)  # numbers of proposals at which the table has sizes and single IoUs
 TIMES = {"step, s": ("step_s", 3), "image, ms": ("image_ms", 1)}  # title -> key, digits
 OWN = {"method": "--methods", "seed": "--seeds", "output_dir": "--output", "resume": "--output"}
@@ -116,7 +115,7 @@ def build_bench(method: str, args: argparse.Namespace, ranks: Ranks, watch: Stop
 
 def gmac(forward: Callable[[], object]) -> float:
     """10^9 multiplications, each with its addition."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting() as counter:
         forward()
     return counter.get_total_flops() / 2e9
 
@@ -129,7 +128,7 @@ def count(bench: Bench) -> dict[str, Any]:
     body = gmac(lambda: model.backbone.body(images))
     features = gmac(lambda: model.backbone(images))
     whole = gmac(lambda: model(images))
-    if method.sampling == "all":
+    if method.sampling == "all" or method.head == "cascade":
         on_gpu = on_cpu = count_gflop(partial(model, images)) / 2
     else:  # nearly all samples are background, which is drawn evenly
         generator = torch.Generator().manual_seed(0)

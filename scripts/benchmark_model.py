@@ -10,6 +10,7 @@ CPU each sample at its own level.
 
 import argparse
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,23 @@ from rpn_train.distributed import start
 from rpn_train.model import RPN
 
 
+def counting() -> FlopCounterMode:
+    """A counter of multiplications and additions that knows deformable convolutions, too."""
+
+    def forward(images: Sequence[int], weight: Sequence[int], *rest: Any, **others: Any) -> int:
+        return 2 * images[0] * math.prod(images[2:]) * math.prod(weight)  # of stride 1, padded
+
+    def backward(of_output: Any, *inputs: Any, **others: Any) -> int:
+        return 2 * forward(*inputs)  # by the features and by the weights
+
+    ops = torch.ops.torchvision
+    known = {ops.deform_conv2d: forward, ops._deform_conv2d_backward: backward}
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
 def count_gflop(forward: Callable[[], Iterable[Tensor | None]]) -> float:
     """10^9 operations (a multiplication and an addition are two), backward pass included."""
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         torch.stack([output.sum() for output in forward() if output is not None]).sum().backward()
     return counter.get_total_flops() / 1e9
 

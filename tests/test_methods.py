@@ -25,7 +25,15 @@ from rpn_train.dense_targets import center_region_assign, centerness_targets
 from rpn_train.distributed import Ranks
 from rpn_train.errors import ConfigError
 from rpn_train.evaluate import propose_batch
-from rpn_train.heads import PRIOR, CascadeHead, Outputs, TowerHead, adaptive_offsets
+from rpn_train.heads import (
+    PRIOR,
+    CascadeHead,
+    Outputs,
+    TowerHead,
+    adaptive_points,
+    convolve_at,
+    offsets_of,
+)
 from rpn_train.method_config import MethodConfig
 from rpn_train.model import normalize_images
 from rpn_train.objective import batch_losses, dense_targets
@@ -255,26 +263,30 @@ def test_a_few_steps_on_one_batch_lower_the_loss(method: str) -> None:
 
 
 def test_an_adaptive_convolution_spreads_its_points_over_the_moved_anchor() -> None:
-    """A map that holds its own coordinates tells where each point looked."""
     boxes = torch.tensor([[[-8.0, -8, 8, 8]] * 12])  # of 3 x 4 cells of stride 8, all the same
     boxes[0, 6] = torch.tensor([8.0, 2, 20, 20])  # row 1, column 2: centre (14, 11), 12 x 18 px
-    offsets = adaptive_offsets(boxes, (3, 4), stride=8)
-    assert offsets.shape == (1, 18, 3, 4)
-    points = offsets[0, :, 1, 2].view(3, 3, 2)  # row, column, (y, x)
-    for i, dy in enumerate((-1, 0, 1)):
-        for j, dx in enumerate((-1, 0, 1)):
-            y, x = points[i, j].tolist()
-            assert y == pytest.approx((11 + dy * 6) / 8 - (1 + dy))
-            assert x == pytest.approx((14 + dx * 4) / 8 - (2 + dx))
-    rows, columns = torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")
-    maps = torch.stack([rows, columns])[None]  # a cell's value is where it is
-    for k in range(9):
-        weight = torch.zeros(2, 2, 3, 3)
-        weight[:, :, k // 3, k % 3] = torch.eye(2)
-        seen = deform_conv2d(maps, offsets, weight, padding=1)[0, :, 1, 2]
-        expected = points[k // 3, k % 3] + torch.tensor([1 + k // 3 - 1, 2 + k % 3 - 1])
-        if (expected >= 0).all() and (expected <= torch.tensor([2, 3])).all():
-            assert_close(seen, expected)
+    points = adaptive_points(boxes, (3, 4), stride=8)
+    assert points.shape == (1, 9, 3, 4, 2)
+    x, y = points[0, :, 1, 2].mul(8).unbind(-1)
+    assert x.tolist() == pytest.approx([10, 14, 18] * 3)
+    assert y.tolist() == pytest.approx([5] * 3 + [11] * 3 + [17] * 3)
+
+
+def test_a_convolution_at_points_is_a_deformable_one() -> None:
+    """On the CPU and on a GPU: borders, points beyond the map and a map of one column included."""
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(4, 5, 3, padding=1)
+    for height, width in ((6, 7), (3, 1)):
+        feature = torch.rand(2, 4, height, width, generator=generator, requires_grad=True)
+        points = torch.rand(2, 9, height, width, 2, generator=generator) * (height + 3) - 2
+        found = convolve_at(feature, points, conv)
+        expected = deform_conv2d(feature, offsets_of(points), conv.weight, conv.bias, padding=1)
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        ours, theirs = (
+            torch.autograd.grad(result.square().sum(), [feature, conv.weight])
+            for result in (found, expected)
+        )
+        assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_cascade_with_anchors_left_alone_is_a_plain_convolution() -> None:

@@ -192,33 +192,53 @@ class CascadeHead(nn.Module):
         hidden = self.first_conv(feature)
         first = _deltas(self.first_bbox_pred(hidden), self.first_stds)
         moved = decode(first.float(), anchors)
-        offsets = adaptive_offsets(moved.detach(), feature.shape[-2:], stride)
-        # in float32 whatever the precision: of half numbers, offsets are too coarse
-        with torch.autocast(feature.device.type, enabled=False):
-            weight, bias = self.conv.weight.float(), self.conv.bias
-            hidden = deform_conv2d(hidden.float(), offsets, weight, bias, padding=1).relu()
+        points = adaptive_points(moved.detach(), feature.shape[-2:], stride)
+        hidden = convolve_at(hidden, points, self.conv).relu()
         deltas = _deltas(self.bbox_pred(hidden), self.delta_stds)
         return Outputs(_rows(self.cls_logits(hidden)), deltas, anchors=moved)
 
 
-def adaptive_offsets(boxes: Tensor, cells: Sequence[int], stride: int) -> Tensor:
-    """Where a 3x3 convolution looks instead of its own 3 x 3 cells: [B, 18, H, W], cells.
+def adaptive_points(boxes: Tensor, cells: Sequence[int], stride: int) -> Tensor:
+    """Where a 3x3 convolution looks instead of at its own 3 x 3 cells: x, y [B, 9, H, W, 2], cells.
 
-    At the centres of the nine parts of the box of each cell, cut in three both ways (Vu et al.
-    2019, section 3.2). The order is that of `deform_conv2d`: y and x of each point, row by row.
+    At the centres of the nine parts of the box of each cell, cut in three both ways, row by row
+    (Vu et al. 2019, section 3.2).
 
     Args:
         boxes: [B, H * W, 4] xyxy px. cells: (H, W); the first is centred at (0, 0).
     """
-    height, width = cells
-    centers, sizes = centers_and_sizes(boxes.unflatten(1, (height, width)) / stride)
-    own_y = torch.arange(height, device=boxes.device)[:, None]
-    own_x = torch.arange(width, device=boxes.device)
+    centers, sizes = centers_and_sizes(boxes.unflatten(1, tuple(cells)) / stride)
+    (x, y), (width, height) = centers.unbind(-1), sizes.unbind(-1)
+    thirds = (-1 / 3, 0, 1 / 3)
+    nine = [torch.stack([x + b * width, y + a * height], -1) for a in thirds for b in thirds]
+    return torch.stack(nine, dim=1)
+
+
+def convolve_at(feature: Tensor, points: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3x3 convolution that looks at the points [B, 9, H, W, 2], between cells bilinearly.
+
+    [B, C, H, W] -> [B, C', H, W]. Beyond the map there are zeros.
+    """
+    feature = feature.float()  # half numbers are too coarse for where to look
+    (height, width), bias = feature.shape[-2:], cast(Tensor, conv.bias)
+    if feature.device.type != "cpu":
+        return deform_conv2d(feature, offsets_of(points), conv.weight, bias, padding=1)
+    x, y = points.unbind(-1)
+    # three times as fast there, and exporters know it
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1).flatten(1, 2)
+    seen = F.grid_sample(feature, grid, align_corners=False)  # [B, C, 9 * H, W]
+    seen = seen.unflatten(2, (9, height)).flatten(1, 2).flatten(2)  # [B, C * 9, H * W]
+    return (conv.weight.flatten(1) @ seen).unflatten(2, (height, width)) + bias[:, None, None]
+
+
+def offsets_of(points: Tensor) -> Tensor:
+    """Points [B, 9, H, W, 2] as `deform_conv2d` has them: y, x from a cell's own, [B, 18, H, W]."""
+    height, width = points.shape[2:4]
+    own_y = torch.arange(height, device=points.device)[:, None]
+    own_x = torch.arange(width, device=points.device)
     offsets = []
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            offsets.append(centers[..., 1] + dy * sizes[..., 1] / 3 - (own_y + dy))
-            offsets.append(centers[..., 0] + dx * sizes[..., 0] / 3 - (own_x + dx))
+    for k, (x, y) in enumerate(point.unbind(-1) for point in points.unbind(1)):
+        offsets += [y - (own_y + k // 3 - 1), x - (own_x + k % 3 - 1)]
     return torch.stack(offsets, dim=1)
 
 

@@ -38,11 +38,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def signals_for_parent() -> Iterator[None]:
-    """Processes forked in here never get SIGTERM or SIGINT: their parent ends them, by SIGKILL.
+    """Processes forked in here never get SIGTERM or SIGINT: their parent alone ends them.
 
-    Whoever else the signal reached, the parent decides when to stop, and needs them until then.
+    Whoever else such a signal reached, the parent decides when to stop, and needs them until then.
     """
-    # What is blocked is inherited from the first instruction on, a handler would come too late.
+    # They inherit it from their first instruction on; a handler of their own would come too late.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

@@ -188,8 +188,7 @@ def _along(network: Network, strides: Sequence[int], axis: int) -> list[tuple[fl
     """Size and centre of the field of each map, along one axis."""
     narrow = max(16, *strides)
     for length in LENGTHS:
-        found = []
-        canvas = (length, narrow) if axis == 0 else (narrow, length)
+        found, canvas = [], (length, narrow) if axis == 0 else (narrow, length)
         for cells, stride in zip(dependence(network, canvas, axis=axis), strides, strict=True):
             middle = torch.arange(length // 4, length * 3 // 4, stride)
             first, last = cells[middle // stride].unbind(1)
