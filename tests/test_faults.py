@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from multiprocessing import active_children
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkProcess, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -537,6 +537,24 @@ def test_without_processes_a_thread_may_load() -> None:
     with ThreadPoolExecutor(1) as threads:
         found = list(threads.map(list, [load(batches(), range(2), workers=0, pin=False)]))
     assert [len(batch.images) for batch in found[0]] == [2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*_MultiProcessingDataLoaderIter.__del__")  # half made
+def test_when_not_all_loader_processes_can_begin_none_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would not mind the SIGTERM that it gets when the program ends, and be waited for."""
+    begin = ForkProcess.start
+
+    def begin_one(process: ForkProcess) -> None:
+        if active_children():
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        begin(process)
+
+    monkeypatch.setattr(ForkProcess, "start", begin_one)
+    with pytest.raises(OSError, match="unavailable"):
+        next(load(batches(), range(2), workers=2, pin=False))
+    assert active_children() == []
 
 
 def test_a_stall_is_one_line_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:

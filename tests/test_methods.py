@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import box_iou, deform_conv2d
+from torchvision.ops import box_iou, deform_conv2d, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
@@ -43,6 +43,7 @@ from rpn_train.step import Clock, training_step
 from rpn_train.targets import POSITIVE
 
 DENSE = ["retina", "atss", "task_aligned"]
+ALL = ["faster_rcnn", *DENSE, "cascade", "oln"]
 ONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -171,7 +172,7 @@ def test_proposals_are_ranked_by_the_score() -> None:
     assert_close(proposals.logits[0], outputs.scores.max())
 
 
-@pytest.mark.parametrize("method", ["faster_rcnn", *DENSE])
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("empty", [0, 2, 4])
 def test_pieces_of_a_batch_add_up_to_the_whole(method: str, empty: int) -> None:
     """So do processes: losses are divided by what the whole batch counts, and not by their own.
@@ -244,7 +245,7 @@ def test_task_aligned_begins_as_atss() -> None:
     assert not torch.equal(late.labels, atss.labels)
 
 
-@pytest.mark.parametrize("method", DENSE)
+@pytest.mark.parametrize("method", ALL)
 def test_a_few_steps_on_one_batch_lower_the_loss(method: str) -> None:
     cfg = preset(method, "schedule.optimizer=adamw")
     state, batch = build_state(cfg, ONE.device), draw_batch(2)
@@ -253,12 +254,12 @@ def test_a_few_steps_on_one_batch_lower_the_loss(method: str) -> None:
     def loss() -> float:
         with torch.no_grad():
             losses, _ = batch_losses(state.model, state.model.grid, batch, cfg, 0.1)
-        assert losses.divisor is not None
-        return float((losses.objectness + losses.box) / losses.divisor)
+        divisor = 1.0 if losses.divisor is None else losses.divisor
+        return float((losses.objectness + losses.box) / divisor)
 
     before = loss()
-    for _ in range(12):
-        training_step(state, state.model, iter([batch]), cfg, 1e-3, 0.1, Clock(), ONE)
+    for _ in range(20):
+        training_step(state, state.model, iter([batch]), cfg, 3e-4, 0.1, Clock(), ONE)
     assert loss() < 0.7 * before
 
 
@@ -322,7 +323,7 @@ def test_the_losses_of_a_cascade_written_out() -> None:
         moved = outputs.anchors[i]
         for row in (first.labels[i] == POSITIVE).nonzero().flatten():
             gt = batch.gt_boxes[i, first.matches[i, row]]
-            moving += 1 - box_iou(moved[row][None], gt[None])[0, 0]
+            moving += generalized_box_iou_loss(moved[row], gt)
         iou = box_iou(moved, batch.gt_boxes[i])
         for slot, row in enumerate(picks.at[i]):
             assert picks.valid[i, slot]
@@ -331,7 +332,7 @@ def test_the_losses_of_a_cascade_written_out() -> None:
             if positive:
                 pred = decode(outputs.deltas[i, row], moved[row])
                 gt = batch.gt_boxes[i, iou[row].argmax()]
-                box += 1 - box_iou(pred[None], gt[None])[0, 0]
+                box += generalized_box_iou_loss(pred, gt)
     assert picks.positive.sum(1)[0] == 0
     assert picks.positive.sum(1)[1] >= 3
     assert_close(losses.objectness, objectness / (256 * 4))

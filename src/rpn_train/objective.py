@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
-from rpn_train.boxes import decode, plain_iou, take_boxes
+from rpn_train.boxes import decode, generalized_iou, plain_iou, take_boxes
 from rpn_train.build import assignment_rule
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch
@@ -117,8 +117,9 @@ def _losses_of_two_stages(
 ) -> tuple[BatchLosses, Picks]:
     """Cascade RPN (Vu et al. 2019): the classic, on anchors that a first stage has moved.
 
-    That stage learns by the IoU of the moved anchors of the centre region. Its sum is divided by a
-    share of all anchors, as in the authors' code: a number that processes and pieces agree on.
+    That stage learns by the generalized IoU of the moved anchors of the centre region: where boxes
+    have come apart, the plain one of the authors has no gradient that would bring them back. Its
+    sum is divided by a share of all anchors, as in their code: processes and pieces agree on that.
     """
     method = cfg.method
     outputs = _ask(network, batch, cfg, None)
@@ -127,7 +128,7 @@ def _losses_of_two_stages(
     positive = first.labels == POSITIVE
     gt = take_boxes(batch.gt_boxes, first.matches)
     # what has no object meets itself: finite values and gradients
-    error = 1 - plain_iou(
+    error = 1 - generalized_iou(
         torch.where(positive[..., None], outputs.anchors, anchors),
         torch.where(positive[..., None], gt, anchors),
     )

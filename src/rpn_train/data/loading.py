@@ -58,11 +58,12 @@ def load(
         timeout=min(patience_s, _POLL_S) if workers else 0,
         worker_init_fn=partial(_begin, reading),
     )
-    others = active_children()
-    with signals_for_parent():
-        found = iter(loader)
-    processes = [child for child in active_children() if child not in others]
+    found: Iterator[Batch | DataError] = iter(())
+    others, processes = active_children(), []
     try:
+        with signals_for_parent():
+            found = iter(loader)
+        processes = [child for child in active_children() if child not in others]
         while (batch := _next(found, reading, batches.index, patience_s)) is not None:
             if isinstance(batch, DataError):
                 raise batch
@@ -72,12 +73,15 @@ def load(
             raise
         raise RuntimeError("DataLoader worker ended while it was sending a batch.") from error
     finally:
+        # what is left when not all could begin would be waited for when the program ends
+        processes = processes or [child for child in active_children() if child not in others]
         if processes:  # without any, this may be a thread, which must not touch signals
             told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # none of these ends is a fault
             if all(process.is_alive() for process in processes):
                 del found  # ends them, unless an exception refers to it
             for process in processes:  # they may wait for ever for what a killed one held
                 process.kill()
+            for process in processes:
                 process.join()
             signal.signal(signal.SIGCHLD, told)
 
