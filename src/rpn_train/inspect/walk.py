@@ -193,7 +193,7 @@ def walk(
         proposals=_on_cpu(proposals),
         kernel=cast(RPNHead | TowerHead | CascadeHead, model.rpn["head"]).cls_logits.kernel_size[0],
         shapes={name: [tuple(m.shape[1:]) for m in heard[name]] for name in PARTS},
-        truth=_truth(model.grid, batch, cfg) if truth else None,
+        truth=_truth(model.grid, batch, cfg, outputs.anchors) if truth else None,
     )
 
 
@@ -260,18 +260,20 @@ def _levels(
     return tuple(levels)
 
 
-def _truth(grid: AnchorGrid, batch: Batch, cfg: TrainConfig) -> Truth:
+def _truth(grid: AnchorGrid, batch: Batch, cfg: TrainConfig, moved: Tensor | None) -> Truth:
     """The objects and the targets of the image."""
     valid = batch.gt_valid[0]
     boxes, ignore = batch.gt_boxes[0, valid].cpu(), batch.gt_ignore[0, valid].cpu()
-    return Truth(boxes, ignore, _targets(grid, batch, cfg.method))
+    return Truth(boxes, ignore, _targets(grid, batch, cfg.method, moved))
 
 
-def _targets(grid: AnchorGrid, batch: Batch, method: MethodConfig) -> Targets | None:
+def _targets(
+    grid: AnchorGrid, batch: Batch, method: MethodConfig, moved: Tensor | None
+) -> Targets | None:
     """None of a method whose loss reads every anchor."""
     if method.sampling == "all":
         return None
-    assignment, picks = sampled_targets(grid, batch, method)
+    assignment, picks = sampled_targets(grid, batch, method, moved)
     return Targets(assignment.labels[0].cpu(), picks.at[0, picks.valid[0]].cpu())
 
 
