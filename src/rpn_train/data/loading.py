@@ -74,7 +74,8 @@ def load(
         raise RuntimeError("DataLoader worker ended while it was sending a batch.") from error
     finally:
         # what is left when not all could begin would be waited for when the program ends
-        processes = processes or [child for child in active_children() if child not in others]
+        if workers and not processes:
+            processes = [child for child in active_children() if child not in others]
         if processes:  # without any, this may be a thread, which must not touch signals
             told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # none of these ends is a fault
             if all(process.is_alive() for process in processes):
