@@ -25,8 +25,10 @@ from rpn_train.build import assignment_rule, build_eval_batches, build_model
 from rpn_train.cli import compose_run
 from rpn_train.cli_inspect import _inspect
 from rpn_train.config import TrainConfig
+from rpn_train.data.batch import make_batch
 from rpn_train.data.files import index_images
 from rpn_train.data.index import Index
+from rpn_train.data.sampler import Item
 from rpn_train.distributed import Ranks
 from rpn_train.inspect import diagram, learning_figures, network_figures, proposal_figures
 from rpn_train.inspect.panels import FORCED_ANCHOR, IGNORED_ANCHOR, OBJECT, POSITIVE_ANCHOR
@@ -34,12 +36,21 @@ from rpn_train.inspect.receptive_field import receptive_fields
 from rpn_train.inspect.story import place, plates, story_page
 from rpn_train.inspect.walk import Walk, walk
 from rpn_train.model import RPN, normalize_images
+from rpn_train.objective import dense_targets
 from rpn_train.report import log_walk
 from rpn_train.run_log import RunLog
 from rpn_train.run_state import build_state
 from rpn_train.shell import guarded
 from rpn_train.splits import open_split
-from rpn_train.targets import assign, random_keys, sample
+from rpn_train.targets import (
+    BACKGROUND,
+    IGNORED,
+    POSITIVE,
+    assign,
+    assign_dense,
+    random_keys,
+    sample,
+)
 
 ROOT = Path(__file__).parents[1]
 # 50 x 70 px are padded to 64 x 128: padding on both sides.
@@ -48,7 +59,7 @@ TYPED = [
     *["image.short_side=50", "image.max_side=70", "proposals.test.pre_nms=60", "seed=3"],
     *["proposals.test.post_nms=2000", "method.num_samples=32"],
 ]
-OF_TRUTH = {"assignment", "sampled"}
+OF_TRUTH = {"assignment", "read"}
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -150,7 +161,6 @@ def test_the_model_stays_as_it_was(model: RPN, cfg: TrainConfig) -> None:
 def test_targets_are_those_of_training(seen: Walk, cfg: TrainConfig) -> None:
     truth = seen.truth
     assert truth is not None
-    assert truth.targets is not None
     boxes, sizes = truth.boxes[None], torch.tensor([[50, 70]])
     valid = torch.ones(1, len(truth.boxes), dtype=torch.bool)
     rule = assignment_rule(cfg.method)
@@ -158,7 +168,7 @@ def test_targets_are_those_of_training(seen: Walk, cfg: TrainConfig) -> None:
     keys = random_keys(torch.tensor([5]), len(seen.anchors))
     picks = sample(labels, keys, num_samples=32, fg_fraction=0.5)
     assert torch.equal(truth.targets.labels, labels[0])
-    positive, background = truth.targets.sampled_of
+    positive, background = truth.targets.read_of
     assert torch.equal(positive, picks.at[picks.positive])
     assert len(positive) > 0
     assert len(background) == 32 - len(positive)
@@ -323,12 +333,52 @@ def test_an_image_without_objects_and_without_proposals(model: RPN, cfg: TrainCo
     assert set(names) > OF_TRUTH
 
 
-def test_a_method_that_reads_every_anchor_samples_none(model: RPN, cfg: TrainConfig) -> None:
+@pytest.mark.parametrize("method", ["retina", "atss", "task_aligned", "oln"])
+def test_targets_of_methods_that_read_every_anchor(method: str) -> None:
+    cfg = compose_run([*TYPED, f"method={method}"])
     index, read = open_split(cfg, "val", "score")
-    everything = replace(cfg, method=replace(cfg.method, sampling="all"))
-    seen = walk(model, index, read, 0, everything, truth=True)
+    model = build_model(cfg).eval()
+    seen = walk(model, index, read, 4, cfg, truth=True)
     assert seen.truth is not None
-    assert not OF_TRUTH & {plate.name for plate in plates(seen, None)}
+    targets = seen.truth.targets
+    item = Item(4, (50, 70), flip=False, seed=0, photometric=False)
+    batch = make_batch(index, read, [item], seen.canvas)
+    with torch.no_grad():
+        outputs = model(normalize_images(batch.images, batch.sizes))
+    expected = dense_targets(model.grid, batch, outputs, cfg.method, progress=1.0).labels[0]
+    assert (expected == POSITIVE).any()
+    assert torch.equal(targets.labels, expected)
+    assert torch.equal(targets.read, (expected != IGNORED).nonzero()[:, 0])
+    shown = {plate.name: plate for plate in plates(seen, None)}
+    positive, background = targets.read_of
+    assert len(background) == int((expected == BACKGROUND).sum())
+    assert (len(background) == 0) == (method == "oln")
+    assert f"{len(positive):,} are positive" in shown["assignment"].text
+    assert FORCED_ANCHOR.label not in drawn(shown["assignment"].figure, 0) or method == "oln"
+    outlined = drawn(shown["read"].figure, 1)
+    drawn_of = [boxes for label, boxes in outlined.items() if label != OBJECT.label]
+    assert sum(map(len, drawn_of)) == min(len(background), learning_figures.DRAWN_READ)
+
+
+def test_targets_of_a_cascade_are_those_of_the_moved_anchors() -> None:
+    cfg = compose_run([*TYPED, "method=cascade"])
+    index, read = open_split(cfg, "val", "score")
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        model.rpn["head"].first_bbox_pred.weight *= 30
+    seen = walk(model, index, read, 4, cfg, truth=True)
+    assert seen.truth is not None
+    assert torch.equal(seen.placed, grid_anchors(model.grid, seen.canvas, torch.device("cpu")))
+    assert (seen.anchors - seen.placed).abs().amax() > 1
+    boxes, valid = seen.truth.boxes[None], torch.ones(1, len(seen.truth.boxes), dtype=torch.bool)
+    rule = assignment_rule(cfg.method)
+    sizes = torch.tensor([seen.size])
+    labels, _ = assign_dense(seen.anchors, boxes, valid, ~valid, sizes, **rule)
+    assert torch.equal(seen.truth.targets.labels, labels[0])
+    texts = {plate.name: plate.text for plate in plates(seen, None)}
+    for name in ("window", "anchors", "assignment", "regression"):
+        assert "first stage" in texts[name]
+    assert "picked first" not in texts["modules"]
 
 
 def test_the_walk_is_logged_of_the_first_image(cfg: TrainConfig) -> None:
@@ -347,7 +397,7 @@ def test_the_walk_is_logged_of_the_first_image(cfg: TrainConfig) -> None:
     for _ in range(2):
         log_walk(cast(RunLog, Log()), state, batches, cfg)
     name = index.file_name(0)
-    assert [tag for tag, *_ in logged] == [f"objectness/{name}", f"sampled/{name}"] * 2
+    assert [tag for tag, *_ in logged] == [f"objectness/{name}", f"read/{name}"] * 2
     assert torch.equal(logged[0][2], logged[2][2])
     assert torch.equal(logged[1][2], logged[3][2])
     assert logged[0][2].dtype == torch.uint8

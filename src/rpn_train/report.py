@@ -23,7 +23,7 @@ from rpn_train.data_report import FILE_NAME, DataReport
 from rpn_train.distributed import Ranks
 from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, score
 from rpn_train.figures import DRAWN_PROPOSALS, draw_anchors, draw_detections
-from rpn_train.inspect.learning_figures import objectness_plate, sampled_plate
+from rpn_train.inspect.learning_figures import objectness_plate, read_plate
 from rpn_train.inspect.walk import walk
 from rpn_train.options import differences, to_mapping
 from rpn_train.recall import Recall
@@ -190,15 +190,12 @@ def log_pictures(
 
 
 def log_walk(log: RunLog, state: RunState, batches: EvalBatches, cfg: TrainConfig) -> None:
-    """Of the first image: objectness on every level, and at the anchors that training would sample.
+    """Of the first image: objectness on every level, and at the anchors that the loss would read.
 
     Always the same ones, so that they can be watched over time.
     """
     seen = walk(state.judged, batches.index, batches.read, 0, cfg, truth=True, seed=cfg.seed)
-    shown = [objectness_plate(seen)]
-    if cfg.method.sampling != "all":
-        shown.append(sampled_plate(seen))
-    for plate in shown:
+    for plate in (objectness_plate(seen), read_plate(seen)):
         picture = figure_to_image(plate.figure)
         log.image(f"{plate.name}/{seen.name}", state.step, picture)
 

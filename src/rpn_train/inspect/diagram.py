@@ -44,7 +44,7 @@ class Block:
 
 def modules_plate(walk: Walk) -> Plate:
     """The modules, and the size of everything between them."""
-    blocks = _blocks(walk)
+    blocks, method = _blocks(walk), walk.cfg.method
     height = max(block.edge(0, 1)[1] for block in blocks.values()) + 2 * AROUND_IN
     figure = Figure(figsize=(WIDTH_IN, height), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -65,7 +65,7 @@ def modules_plate(walk: Walk) -> Plate:
         "anchors"
         + "; which anchors that are follows from boxes alone, so they are picked first, and the "
         "outputs computed only there"
-        * (walk.cfg.method.sampling != "all")
+        * (method.sampling != "all" and method.head != "cascade")
         + ". In use (green) the outputs at all anchors become "
         "proposals. The sizes are those of this network and this image, channels x height x width.",
         figure,
@@ -111,8 +111,12 @@ def _network(walk: Walk, floor: float) -> dict[str, Block]:
     sizes["body"] = [" x ".join(map(str, size)) for size in _body_sizes(walk)]
     method, branch = walk.cfg.method, f"{walk.kernel} x {walk.kernel}"
     convs = method.num_convs
-    window = ["two towers, each of"] * (method.head == "towers")
-    window.append("3 x 3 convolution" if convs == 1 else f"{convs} convolutions, 3 x 3")
+    stack = "3 x 3 convolution" if convs == 1 else f"{convs} convolutions, 3 x 3"
+    window = {
+        "shared": [stack],
+        "towers": ["two towers, each of", stack],
+        "cascade": ["two stages", stack, "moves the anchors;", "adaptive 3 x 3 there"],
+    }[method.head]
     third = ["and centerness"] * method.centerness
     outputs = {
         "deltas": [f"{branch} conv.: deltas", *sizes["deltas"], *third],

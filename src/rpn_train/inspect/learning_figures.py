@@ -4,10 +4,13 @@ These can be watched during training, of one image over time.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torchvision.ops import box_iou
 
+from rpn_train.dense_losses import dense_losses
+from rpn_train.dense_targets import atss_assign, center_region_assign, task_aligned_assign
 from rpn_train.inspect.panels import (
     FORCED_ANCHOR,
     IGNORED_ANCHOR,
@@ -24,9 +27,22 @@ from rpn_train.inspect.panels import (
 )
 from rpn_train.inspect.walk import Walk
 from rpn_train.losses import rpn_losses
+from rpn_train.method_config import MethodConfig
 from rpn_train.targets import BACKGROUND, IGNORED, POSITIVE, assign, sample
 
-DRAWN_IGNORED = 100  # more would be a wall
+DRAWN_IGNORED, DRAWN_READ = 100, 256  # more would be a wall
+# What the objectness of a positive anchor aims at.
+AIMS = {
+    "label": "1",
+    "quality": "how well its box fits",
+    "centerness": "how central it is in its object",
+}
+ASSIGNMENTS: dict[str, Callable[..., object]] = {
+    "max_iou": assign,
+    "atss": atss_assign,
+    "task_aligned": task_aligned_assign,
+    "center_region": center_region_assign,
+}
 
 
 def objectness_plate(walk: Walk) -> Plate:
@@ -64,7 +80,6 @@ def assignment_plate(walk: Walk) -> Plate:
     """Which anchors are positive, and which are ignored."""
     truth, method = walk.truth, walk.cfg.method
     assert truth is not None
-    assert truth.targets is not None
     figure, panels = image_panels(2, walk.size, columns=2)
     for axes in panels:
         show_image(axes, walk.image, faded=True)
@@ -72,9 +87,10 @@ def assignment_plate(walk: Walk) -> Plate:
     rows, ignored = truth.targets.rows(POSITIVE), truth.targets.rows(IGNORED)
     positives, counted = walk.anchors[rows], truth.boxes[~truth.ignore]
     if len(rows):
-        reached = box_iou(positives, counted).amax(1) >= method.fg_iou
-        show_boxes(panels[0], positives[~reached], FORCED_ANCHOR)
-        show_boxes(panels[0], positives[reached], POSITIVE_ANCHOR)
+        forced = box_iou(positives, counted).amax(1) < method.fg_iou
+        forced &= method.assignment == "max_iou"  # no other has a threshold
+        show_boxes(panels[0], positives[forced], FORCED_ANCHOR)
+        show_boxes(panels[0], positives[~forced], POSITIVE_ANCHOR)
     every = math.ceil(len(ignored) / DRAWN_IGNORED) or 1
     show_boxes(panels[1], walk.anchors[ignored[::every]], IGNORED_ANCHOR)
     panels[0].set_title(f"{len(rows):,} positive", fontsize=10)
@@ -84,42 +100,98 @@ def assignment_plate(walk: Walk) -> Plate:
     return Plate(
         "assignment",
         "Which anchors are positive",
-        f"In training an anchor is positive if its IoU with an object is at least "
-        f"{method.fg_iou:g}, and background if it is below {method.bg_iou:g} with all of them; "
-        "what is in between is ignored, because neither answer would be right."
-        + " The best anchors of each object are positive in any case, so that none is left out."
-        * method.force_best
-        + f" Of the {len(walk.anchors):,} anchors here {len(rows):,} are positive, "
+        _rule(method) + f" Of the {len(walk.anchors):,} anchors here {len(rows):,} are positive, "
         f"{len(ignored):,} ignored and {len(truth.targets.rows(BACKGROUND)):,} background.",
         figure,
-        (assign,),
+        (ASSIGNMENTS[method.assignment],),
     )
 
 
-def sampled_plate(walk: Walk) -> Plate:
+def _rule(method: MethodConfig) -> str:
+    """What makes an anchor positive, background or ignored, in words."""
+    if method.assignment == "atss":
+        rule = (
+            f"In training each object looks at the {method.atss_candidates} anchors of every level "
+            "whose centres are nearest to its own. Positive are those of them whose IoU with it is "
+            "at least the mean plus the standard deviation of all, and whose centre lies in it."
+        )
+    elif method.assignment == "task_aligned":
+        rule = (
+            f"In training, from {method.aligned_from:.0%} of the run on, positive are at most "
+            f"{method.aligned_candidates} anchors of an object, of those whose centre lies in it: "
+            "the ones that do best by what the network itself says of them, objectness^"
+            f"{method.aligned_alpha:g} x IoU^{method.aligned_beta:g}."
+        )
+    elif method.assignment == "center_region":
+        rule = (
+            "In training an anchor is positive if its centre lies in the middle of an object, "
+            f"{method.center_share:.0%} of its sides, on the level of its size."
+        )
+    else:
+        moved = ", as the first stage has moved it," * (method.head == "cascade")
+        background = (
+            f", and background if it is below {method.bg_iou:g} with all of them"
+            + "; what is in between is ignored, because neither answer would be right"
+            * (method.fg_iou > method.bg_iou)
+        )
+        rule = (
+            f"In training an anchor{moved} is positive if its IoU with an object is at least "
+            f"{method.fg_iou:g}{background * method.learn_background}."
+            + " The best anchors of each object are positive in any case, so that none is left out."
+            * method.force_best
+        )
+    if not method.learn_background:
+        rule += (
+            " All others are ignored here: what nobody has labelled may be an object, too, so it "
+            "is not learned as background."
+        )
+    return rule
+
+
+def read_plate(walk: Walk) -> Plate:
     """The anchors that the loss reads, coloured by what the network says of them."""
     truth, method = walk.truth, walk.cfg.method
     assert truth is not None
-    assert truth.targets is not None
     figure, panels = image_panels(2, walk.size, columns=2, bar=True)
-    names = ("positive: towards 1", "background: towards 0")
-    for axes, rows, name in zip(panels, truth.targets.sampled_of, names, strict=True):
+    aim = "1" if method.objectness_target == "label" else method.objectness_target
+    towards = {"positive": aim, "background": "0"}
+    for axes, rows, (kind, to) in zip(panels, truth.targets.read_of, towards.items(), strict=True):
         show_image(axes, walk.image, faded=True)
         show_objects(axes, truth)
         scores = walk.logits[rows].sigmoid()
-        order = torch.argsort(scores)  # the highest on top
+        order = torch.argsort(scores)[-DRAWN_READ:]  # the highest on top
         show_scored(axes, walk.anchors[rows][order], scores[order])
-        mean = f", mean objectness {scores.mean():.2f}" if len(rows) else ""
-        axes.set_title(f"{len(rows)} {name}{mean}", fontsize=10)
+        title = f"{len(rows):,} {kind}"
+        title += f": towards {to}, mean objectness {scores.mean():.2f}" if len(rows) else ""
+        title += f"\nthe {DRAWN_READ} highest are drawn" if len(rows) > DRAWN_READ else ""
+        axes.set_title(title, fontsize=10)
     heat_bar(figure, panels, "objectness")
     legend_of(figure, panels)
+    losses = dense_losses if method.sampling == "all" else rpn_losses
     return Plate(
-        "sampled",
+        "read",
         "Which anchors the loss reads",
-        "Background is everywhere, and would drown the rest. So the loss of an image reads "
-        f"{method.num_samples} random anchors, at most {method.fg_fraction:.0%} of them positive. "
-        "It pulls the objectness of the positive ones (left) to 1 and of the background (right) to "
-        "0; the deltas are learned from the positive ones alone.",
+        f"{_reading(method)} It pulls the objectness of the positive ones (left) to "
+        + AIMS[method.objectness_target]
+        + " and of the background (right) to 0" * method.learn_background
+        + "; the deltas are learned from the positive ones alone.",
         figure,
-        (sample, rpn_losses),
+        (losses,) if method.sampling == "all" else (sample, losses),
+    )
+
+
+def _reading(method: MethodConfig) -> str:
+    """Which anchors the loss reads, and why, in words."""
+    if not method.learn_background:
+        return "The loss reads the positive anchors alone."
+    if method.sampling == "random":
+        return (
+            "Background is everywhere, and would drown the rest. So the loss of an image reads "
+            f"{method.num_samples} random anchors, at most {method.fg_fraction:.0%} of them "
+            "positive."
+        )
+    focal = " and counts those little that are right already" * ("focal" in method.objectness_loss)
+    return (
+        "Background is everywhere, and could drown the rest. The loss reads every anchor all the "
+        f"same{focal}."
     )

@@ -152,6 +152,12 @@ def _mini_network(walk: Walk) -> str:
     convs = "a 3 x 3 convolution" if count == 1 else f"{count} convolutions of 3 x 3"
     if method.head == "shared":
         return f"{convs}, then two branches of {last}"
+    if method.head == "cascade":
+        return (
+            f"a first stage, {convs} dilated by 3 and a branch of {last}, moves the anchors; a "
+            "second looks at nine points spread over the moved anchor instead of at 3 x 3 cells, "
+            f"and ends in two branches of {last}"
+        )
     ends = "deltas and centerness" if method.centerness else "deltas"
     return f"{convs} and a branch of {last} for objectness, and as many others for {ends}"
 
@@ -197,7 +203,9 @@ def anchors_plate(walk: Walk) -> Plate:
         f"Every cell has its anchors (here {grid.per_cell}), boxes of fixed size and shape: the "
         f"roots of their areas are {sizes} px{', level by level' * (len(grid.sizes) > 1)}, and "
         f"their height / width is {ratios}. The network makes no boxes out of nothing: of each "
-        "anchor it says whether it is an object, and how to move and stretch it.",
+        "anchor it says whether it is an object, and how to move and stretch it."
+        + " Here it does that twice: a first stage moves them, a second begins from there. Drawn "
+        "is where they are before both." * (walk.cfg.method.head == "cascade"),
         figure,
         (cell_anchors, grid_anchors),
     )

@@ -53,8 +53,9 @@ def regression_plate(walk: Walk) -> Plate:
         "Boxes before and after regression",
         "The other branch gives each anchor four deltas: how far to move its centre, in parts of "
         "its width and height, and by which factor to stretch both, as a logarithm. What comes out "
-        f"is cut to the image. Drawn are the anchors behind the {len(rows)} best proposals and "
-        "what became of them.",
+        f"is cut to the image. Drawn are the anchors behind the {len(rows)} best proposals"
+        + ", as the first stage has moved them," * (walk.cfg.method.head == "cascade")
+        + " and what became of them.",
         figure,
         (decode,),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from rpn_train.curves import figure_to_image
 from rpn_train.inspect.diagram import modules_plate
-from rpn_train.inspect.learning_figures import assignment_plate, objectness_plate, sampled_plate
+from rpn_train.inspect.learning_figures import assignment_plate, objectness_plate, read_plate
 from rpn_train.inspect.network_figures import (
     anchors_plate,
     features_plate,
@@ -25,10 +25,8 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def plates(walk: Walk, fields: list[ReceptiveField] | None) -> list[Plate]:
-    """The figures in the order of the way; those of targets only where there are some."""
-    of_targets = []
-    if walk.truth is not None and walk.truth.targets is not None:
-        of_targets = [assignment_plate(walk), sampled_plate(walk)]
+    """The figures in the order of the way; those of targets only where the objects are known."""
+    of_targets = [] if walk.truth is None else [assignment_plate(walk), read_plate(walk)]
     return [
         image_plate(walk),
         modules_plate(walk),

@@ -20,12 +20,12 @@ from rpn_train.data.index import Index
 from rpn_train.data.sampler import Item, canvas_of
 from rpn_train.data.transforms import fit_size
 from rpn_train.evaluate import propose_batch
-from rpn_train.heads import CascadeHead, RPNHead, TowerHead, join_levels
+from rpn_train.heads import CascadeHead, Outputs, RPNHead, TowerHead, join_levels
 from rpn_train.method_config import MethodConfig
 from rpn_train.model import RPN
-from rpn_train.objective import sampled_targets
+from rpn_train.objective import dense_targets, sampled_targets
 from rpn_train.proposals import Proposals, make_proposals
-from rpn_train.targets import POSITIVE
+from rpn_train.targets import IGNORED, POSITIVE
 
 # Part of the network -> sizes of the maps that it puts out, fine to coarse, without the batch.
 Shapes = dict[str, list[tuple[int, ...]]]
@@ -54,31 +54,31 @@ class Level(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What training makes of the anchors: labels int8 [R], of `assign`; sampled int64 [n]."""
+    """What training makes of the anchors, as at its end: labels int8 [R].
+
+    read: int64 [n], those that the loss reads.
+    """
 
     labels: Tensor
-    sampled: Tensor
+    read: Tensor
 
     def rows(self, label: int) -> Tensor:
         """int64 [n]: the anchors of a label."""
         return (self.labels == label).nonzero()[:, 0]
 
     @property
-    def sampled_of(self) -> tuple[Tensor, Tensor]:
-        """The positive and the background anchors among the sampled."""
-        positive = self.labels[self.sampled] == POSITIVE
-        return self.sampled[positive], self.sampled[~positive]
+    def read_of(self) -> tuple[Tensor, Tensor]:
+        """The positive and the background anchors among those that are read."""
+        positive = self.labels[self.read] == POSITIVE
+        return self.read[positive], self.read[~positive]
 
 
 class Truth(NamedTuple):
-    """The objects: boxes float32 [G, 4] px of the resized image, ignore bool [G].
-
-    targets: None of a method whose loss reads every anchor.
-    """
+    """The objects: boxes float32 [G, 4] px of the resized image, ignore bool [G]; targets."""
 
     boxes: Tensor
     ignore: Tensor
-    targets: Targets | None
+    targets: Targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +86,11 @@ class Walk:
     """What the network makes of an image; everything on the CPU, boxes in px of the resized image.
 
     name: of the image. stored: uint8 [3, H, W]; image: the same resized, without padding; canvas:
-    (height, width) with it. anchors, boxes: float32 [R, 4], before and after regression; logits:
-    float32 [R], that rank. shapes: of what "body", "backbone" and the branches "logits" and
-    "deltas" put out, and of what goes into the first ("hidden"). kernel: side of the convolutions
-    of the branches. truth: None where it is not known.
+    (height, width) with it. placed, anchors, boxes: float32 [R, 4], the anchors of the grid, the
+    same as a first stage moves them, and after regression; logits: float32 [R], that rank. shapes:
+    of what "body", "backbone" and the branches "logits" and "deltas" put out, and of what goes into
+    the first ("hidden"). kernel: side of the convolutions of the branches. truth: None where it is
+    not known.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Walk:
     image: Tensor
     canvas: tuple[int, int]
     grid: AnchorGrid
+    placed: Tensor
     anchors: Tensor
     logits: Tensor
     boxes: Tensor
@@ -133,10 +135,10 @@ class Walk:
         return level, *divmod(cell, self.levels[level].logits.shape[2])
 
     def anchors_at(self, level: int, row: int, column: int) -> Tensor:
-        """float32 [A, 4]: the anchors of a cell."""
+        """float32 [A, 4]: the anchors of a cell, where they were placed."""
         of, per_cell = self.levels[level], self.grid.per_cell
         first = of.first + (row * of.logits.shape[2] + column) * per_cell
-        return self.anchors[first : first + per_cell]
+        return self.placed[first : first + per_cell]
 
 
 def walk(
@@ -176,8 +178,8 @@ def walk(
         model.train(training)
     outputs = join_levels(heard["head"])
     logits, deltas = outputs.scores, outputs.deltas
-    anchors = outputs.starting_from(grid_anchors(model.grid, canvas, logits.device))
-    anchors = anchors.expand_as(deltas)[0]
+    placed = grid_anchors(model.grid, canvas, logits.device)
+    anchors = outputs.starting_from(placed).expand_as(deltas)[0]
     boxes = clip(decode(deltas[0], anchors), batch.sizes)
     return Walk(
         name=index.file_name(row),
@@ -186,6 +188,7 @@ def walk(
         image=batch.images[0, :, : size[0], : size[1]].cpu(),
         canvas=canvas,
         grid=model.grid,
+        placed=placed.cpu(),
         anchors=anchors.cpu(),
         logits=logits[0].cpu(),
         boxes=boxes.cpu(),
@@ -193,7 +196,7 @@ def walk(
         proposals=_on_cpu(proposals),
         kernel=cast(RPNHead | TowerHead | CascadeHead, model.rpn["head"]).cls_logits.kernel_size[0],
         shapes={name: [tuple(m.shape[1:]) for m in heard[name]] for name in PARTS},
-        truth=_truth(model.grid, batch, cfg, outputs.anchors) if truth else None,
+        truth=_truth(model.grid, batch, cfg, outputs) if truth else None,
     )
 
 
@@ -260,20 +263,18 @@ def _levels(
     return tuple(levels)
 
 
-def _truth(grid: AnchorGrid, batch: Batch, cfg: TrainConfig, moved: Tensor | None) -> Truth:
+def _truth(grid: AnchorGrid, batch: Batch, cfg: TrainConfig, outputs: Outputs) -> Truth:
     """The objects and the targets of the image."""
     valid = batch.gt_valid[0]
     boxes, ignore = batch.gt_boxes[0, valid].cpu(), batch.gt_ignore[0, valid].cpu()
-    return Truth(boxes, ignore, _targets(grid, batch, cfg.method, moved))
+    return Truth(boxes, ignore, _targets(grid, batch, cfg.method, outputs))
 
 
-def _targets(
-    grid: AnchorGrid, batch: Batch, method: MethodConfig, moved: Tensor | None
-) -> Targets | None:
-    """None of a method whose loss reads every anchor."""
+def _targets(grid: AnchorGrid, batch: Batch, method: MethodConfig, outputs: Outputs) -> Targets:
     if method.sampling == "all":
-        return None
-    assignment, picks = sampled_targets(grid, batch, method, moved)
+        labels = dense_targets(grid, batch, outputs, method, progress=1.0).labels[0].cpu()
+        return Targets(labels, (labels != IGNORED).nonzero()[:, 0])
+    assignment, picks = sampled_targets(grid, batch, method, outputs.anchors)
     return Targets(assignment.labels[0].cpu(), picks.at[0, picks.valid[0]].cpu())
 
 
