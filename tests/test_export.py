@@ -15,9 +15,8 @@ from torch.testing import assert_close
 from torchvision.ops import nms
 
 from rpn_train.build import build_model
+from rpn_train.cli import compose_run
 from rpn_train.config import (
-    AnchorsConfig,
-    BackboneConfig,
     EvalConfig,
     ProposalsConfig,
     TopNConfig,
@@ -37,12 +36,12 @@ CANVASES = [(1, 128, 192), (2, 192, 128), (3, 256, 128)]
 Run = Callable[[Tensor, Tensor], list[Tensor]]
 
 
-def build(backbone: str) -> tuple[RPN, TrainConfig]:
+def build(backbone: str, method: str = "faster_rcnn") -> tuple[RPN, TrainConfig]:
     """A network whose logits and deltas are spread as those of a trained one."""
-    c4 = AnchorsConfig(sizes=((16.0, 32.0, 64.0, 128.0),))
-    cfg = TrainConfig(
-        backbone=BackboneConfig(name=backbone),
-        anchors=c4 if backbone.endswith("c4") else AnchorsConfig(),
+    sizes = "[[16,32,64,128]]" if method == "faster_rcnn" else "[[64]]"
+    c4 = [f"anchors.sizes={sizes}", "backbone.pyramid=p2_p6"] * backbone.endswith("c4")
+    cfg = replace(
+        compose_run(["dataset=coco", f"backbone={backbone}", f"method={method}", *c4]),
         proposals=PROPOSALS,
         eval=EvalConfig(max_proposals=(40,)),
     )
@@ -53,6 +52,8 @@ def build(backbone: str) -> tuple[RPN, TrainConfig]:
         head: Any = model.rpn["head"]
         head.cls_logits.weight *= 2 / outputs.logits.std()
         head.bbox_pred.weight *= 0.3 / outputs.deltas.std()
+        if method == "cascade":
+            head.first_bbox_pred.weight *= 20
     return model, cfg
 
 
@@ -85,9 +86,10 @@ def assert_same(outputs: list[Tensor], proposals: list[Proposals]) -> None:
         distance = torch.cdist(
             rows, torch.cat([one.boxes, 10 * one.logits[:, None]], 1), p=torch.inf
         )
-        nearest = distance.min(dim=1)
-        assert nearest.values.max() <= 1e-3
-        assert sorted(nearest.indices.tolist()) == list(range(n))
+        if n:
+            nearest = distance.min(dim=1)
+            assert nearest.values.max() <= 1e-3
+            assert sorted(nearest.indices.tolist()) == list(range(n))
         assert (boxes[i, n:] == 0).all()
         assert (logits[i, n:] == -torch.inf).all()
 
@@ -127,6 +129,18 @@ def test_onnx_gives_the_same_proposals(onnx_file):
     for canvas in [*CANVASES, (2, 64, 128)]:
         images, sizes = draw(*canvas)
         assert_same(onnx_run(session)(images, sizes), expected(model, cfg, images, sizes))
+
+
+@pytest.mark.parametrize("method", ["atss", "cascade"])
+def test_onnx_of_other_methods(method, tmp_path):
+    """A root of two probabilities that ranks; points that a first stage puts anywhere."""
+    pytest.importorskip("onnxscript", reason="torch writes ONNX with it: the extra `export`")
+    model, cfg = build("resnet18_c4", method)
+    export_network(model, cfg, tmp_path / "rpn.onnx", step=7)
+    run = onnx_run(onnx_session(tmp_path / "rpn.onnx"))
+    for canvas in CANVASES:
+        images, sizes = draw(*canvas)
+        assert_same(run(images, sizes), expected(model, cfg, images, sizes))
 
 
 def test_onnx_at_a_size_that_is_no_multiple(onnx_file):

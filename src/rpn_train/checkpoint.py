@@ -38,6 +38,8 @@ def save(state: dict[str, Any], path: Path, *, keep: int = 1) -> None:
     except (OSError, RuntimeError) as error:
         # torch's writer hides that of the disk behind what it found when it ended the file
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         if not isinstance(cause, OSError):  # of a GPU, or a loader process was killed meanwhile
             raise
         reason = str(cause).splitlines()[0]
