@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rpn_train"
 ORDER = [
     *["errors", "options", "stop", "whole_file"],
     *["boxes", "anchors", "windows", "overlaps", "targets", "dense_targets"],
-    *["losses", "dense_losses", "proposals", "recall"],
+    *["objectness_losses", "losses", "dense_losses", "proposals", "recall"],
     *["weights", "norms", "timm_body", "sparse", "backbones", "heads", "model", "detectors"],
     *["data.box_faults", "data.faults", "data.index", "data.headers"],
     *["data.coco", "data.voc", "data.painting", "data.shapes", "data.files", "data.index_cache"],
@@ -22,7 +22,8 @@ ORDER = [
     *["run_log", "data_report", "figures"],
     *["curves", "misses", "verify", "recall_report", "download"],
     *["proposal_files", "array_pickle", "coco_results", "read_proposals"],
-    *["splits", "build", "pretrained", "evaluate", "run_state", "objective", "step"],
+    *["splits", "build", "pretrained", "evaluate", "run_state"],
+    *["method_targets", "objective", "step"],
     *["inspect.walk", "inspect.panels", "inspect.learning_figures", "report"],
     *["inspect.receptive_field", "inspect.coverage", "inspect.fit_anchors", "inspect.charts"],
     *["inspect.split_summary", "inspect.views", "inspect.inspection", "inspect.findings"],
@@ -32,7 +33,7 @@ ORDER = [
     *["compose", "run_folder", "shell", "cli", "cli_trained", "cli_inspect", "__main__"],
 ]
 CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "dense_targets"}
-CORE |= {"losses", "dense_losses", "proposals"}
+CORE |= {"objectness_losses", "losses", "dense_losses", "proposals"}
 
 # What has one home, so that it can be replaced there and nowhere else needs to know it.
 HOMES = {

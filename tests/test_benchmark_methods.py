@@ -36,13 +36,13 @@ def test_cost(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[
 
     130 x 250 px are padded to multiples of 64 or of 128.
     """
-    path, methods = tmp_path / "cost.json", ["faster_rcnn", "retina", "atss"]
+    path, methods = tmp_path / "cost.json", ["faster_rcnn", "task_aligned", "atss"]
     arguments = ["--backbone", "resnet18_fpn", "--size", "130", "250", "--repeats", "1"]
     arguments += ["--methods", *methods, "--device", "cpu", "--markdown", "--json", str(path)]
     assert script.main(["cost", *arguments]) == 0
     costs = json.loads(path.read_text())["results"]
     fine, coarse = 12276 // 3, 1364  # cells on strides 4 to 64, 8 to 128
-    sparse, retina, atss = (costs[method] for method in methods)
+    sparse, aligned, atss = (costs[method] for method in methods)
     assert [(c["canvas"], c["anchors"]) for c in costs.values()] == [
         ([192, 256], 12276),
         ([256, 256], 1364),
@@ -50,7 +50,7 @@ def test_cost(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
 
     branch, conv = 9 * 256 / 1e9, 9 * 256 * 256 / 1e9
-    parts = [cost["inference_gmac"] for cost in (sparse, retina, atss)]
+    parts = [cost["inference_gmac"] for cost in (sparse, aligned, atss)]
     assert parts[0]["head"] == pytest.approx(fine * (conv + 15 * 256 / 1e9))
     assert parts[1]["head"] == pytest.approx(coarse * (8 * conv + 5 * branch))
     assert parts[2]["head"] == pytest.approx(coarse * (8 * conv + 6 * branch))
@@ -58,16 +58,16 @@ def test_cost(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert parts[1]["pyramid"] == pytest.approx(laterals + coarse * conv)
     for of in parts:
         assert of["whole"] == pytest.approx(of["body"] + of["pyramid"] + of["head"])
-    assert atss["head_parameters"] - retina["head_parameters"] == 9 * 256 + 1
-    assert atss["parameters"] - retina["parameters"] == 9 * 256 + 1
-    steps = [cost["step_gmac"] for cost in (sparse, retina, atss)]
+    assert atss["head_parameters"] - aligned["head_parameters"] == 9 * 256 + 1
+    assert atss["parameters"] - aligned["parameters"] == 9 * 256 + 1
+    steps = [cost["step_gmac"] for cost in (sparse, aligned, atss)]
     assert steps[0]["CPU"] < steps[0]["GPU"] < 3 * parts[0]["whole"]
     assert steps[1]["CPU"] == steps[1]["GPU"]
     assert steps[2]["GPU"] - steps[1]["GPU"] == pytest.approx(3 * coarse * branch)
 
     assert all(len(cost["rounds_ms"]) == 1 for cost in costs.values())
     shown = capsys.readouterr().out
-    assert "\n| | faster_rcnn | retina | atss |\n|---|---:|---:|---:|\n" in shown
+    assert "\n| | faster_rcnn | task_aligned | atss |\n|---|---:|---:|---:|\n" in shown
     assert "\n| canvas, px | 192 x 256 | 256 x 256 | 256 x 256 |\n" in shown
     assert "\n| anchors | 12,276 | 1,364 | 1,364 |\n" in shown
     ms = [cost["ms"] for cost in costs.values()]

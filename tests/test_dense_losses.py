@@ -8,14 +8,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from rpn_train.dense_losses import (
-    OBJECTNESS_LOSSES,
-    dense_losses,
-    focal_loss,
-    quality_focal_loss,
-)
+from rpn_train.dense_losses import dense_losses
 from rpn_train.dense_targets import centerness_targets
 from rpn_train.losses import box_errors
+from rpn_train.objectness_losses import OBJECTNESS_LOSSES, focal_loss, quality_focal_loss
 
 OPTIONS = {
     "objectness_kind": "focal",

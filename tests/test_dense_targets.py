@@ -234,22 +234,26 @@ def test_center_region_by_hand():
         rows = flags(len(gt), given.get("valid"), True), flags(len(gt), given.get("ignore"), False)
         options = {"share": share, "ignore_ioa": 0.5}
         anchors = floats(fine + coarse)
-        found = center_region_assign(anchors, [9, 2], floats([gt]), *rows, **options)
+        found = center_region_assign(anchors, [9, 2], [10, 20], floats([gt]), *rows, **options)
         positive = [i for i, label in enumerate(found.labels[0].tolist()) if label == 1]
         ignored = [i for i, label in enumerate(found.labels[0].tolist()) if label == -1]
         return positive, ignored, found.matches[0, positive].tolist()
 
-    small = [4, 4, 15, 15]  # its centre is nearest to (10, 10); the middle fifth reaches 1.1 px
+    small = [4, 4, 15, 15]  # its middle fifth is from 8.4 to 10.6, in the cell of (10, 10)
     assert labels_of([small], 0.2) == ([4], [], [0])
     assert labels_of([[3, 3, 17, 11]], 0.2)[0] == [4]  # centre (10, 7)
     wide = [-4, 8, 24, 12]  # area 112: the fine level; x from -4 to 24, y from 8 to 12
     assert labels_of([wide], 1.0)[0] == [3, 4, 5]
-    assert labels_of([wide], 0.5)[0] == [4]  # from 3 to 17
-    large = [0, -10, 19, 10]  # area 380: the coarse level; centre (9.5, 0), nearest to (0, 0)
-    assert labels_of([large], 0.2)[0] == [9]
-    assert labels_of([large], 1.0)[0] == [9]  # (20, 0) is outside
+    assert labels_of([wide], 0.5)[0] == [3, 4, 5]  # from 3 to 17: into the cells from -5 and to 25
+    assert labels_of([wide], 0.3)[0] == [4]  # from 5.8 to 14.2
+    large = [0, -10, 19, 10]  # area 380: the coarse level; centre (9.5, 0), of the cell to 10
+    assert labels_of([large], 0.02)[0] == [9]
+    assert labels_of([large], 0.2)[0] == [9, 10]  # to 11.4
+    # centre (26, 21), where there are no cells: the nearest is positive, if they meet at all
+    assert labels_of([[18, 18, 34, 24]], 0.02)[0] == [8]
+    assert labels_of([[60, 0, 70, 10]], 0.2)[0] == []
     # of two objects that want an anchor the one of higher IoU has it
-    assert labels_of([[1, 1, 14, 14], [5, 5, 15, 15]], 0.8) == ([4], [], [1])
+    assert labels_of([[1, 1, 14, 14], [5, 5, 15, 15]], 0.8) == ([0, 1, 3, 4], [], [0, 0, 0, 1])
     nothing = labels_of([small], 0.2, valid=[False])
     assert (nothing[0], nothing[1]) == ([], [])
     assert labels_of([[5, 5, 15, 15]], 0.2, ignore=[True])[:2] == ([], [4])
@@ -406,7 +410,9 @@ def draw_batch():
 def assign_both(anchors, gt, valid, ignore, scores, boxes):
     """Results of all assignments, seven tensors."""
     lengths = GRID.level_lengths(CANVAS)
-    middle = center_region_assign(anchors, lengths, gt, valid, ignore, share=0.4, ignore_ioa=0.5)
+    middle = center_region_assign(
+        anchors, lengths, GRID.strides, gt, valid, ignore, share=0.4, ignore_ioa=0.5
+    )
     fixed = atss_assign(anchors, lengths, gt, valid, ignore, candidates=9, ignore_ioa=0.5)
     options = {"candidates": 13, "alpha": 1.0, "beta": 6.0, "ignore_ioa": 0.5}
     learned = task_aligned_assign(scores, boxes, anchors, gt, valid, ignore, **options)

@@ -35,8 +35,9 @@ from rpn_train.heads import (
     offsets_of,
 )
 from rpn_train.method_config import MethodConfig
+from rpn_train.method_targets import dense_targets
 from rpn_train.model import normalize_images
-from rpn_train.objective import batch_losses, dense_targets
+from rpn_train.objective import batch_losses
 from rpn_train.options import from_mapping
 from rpn_train.run_state import build_state
 from rpn_train.step import Clock, training_step
@@ -81,7 +82,7 @@ def test_presets_read_every_anchor_of_strides_8_to_128(method: str) -> None:
     assert said == ("p3_p7", "all", "towers")
     model = build_model(preset(method))
     assert model.grid.strides == (8, 16, 32, 64, 128)
-    assert model.grid.per_cell == 1
+    assert model.grid.per_cell == (9 if method == "retina" else 1)
 
 
 def test_what_is_typed_wins_over_a_preset(tmp_path: Path) -> None:
@@ -113,8 +114,8 @@ def test_a_typed_method_wins_over_an_experiment() -> None:
         ({"assignment": "atss"}, "method.sampling: expected all with method.assignment=atss, got"),
         ({"head": "towers"}, "method.sampling: expected all with method.head=towers, got random"),
         ({"centerness": True, "sampling": "all"}, "method.head: expected towers with"),
-        ({"learn_background": False}, "method.sampling: expected all with method.learn_backgrou"),
         ({"head": "cascade", "sampling": "all"}, "method.sampling: expected random with method.h"),
+        ({"objectness_loss": "focal"}, "method.sampling: expected all with method.objectness_loss"),
         ({"bg_iou": 0.8}, "method.bg_iou: expected at most method.fg_iou = 0.7, got 0.8"),
     ],
 )
@@ -269,8 +270,8 @@ def test_an_adaptive_convolution_spreads_its_points_over_the_moved_anchor() -> N
     points = adaptive_points(boxes, (3, 4), stride=8)
     assert points.shape == (1, 9, 3, 4, 2)
     x, y = points[0, :, 1, 2].mul(8).unbind(-1)
-    assert x.tolist() == pytest.approx([10, 14, 18] * 3)
-    assert y.tolist() == pytest.approx([5] * 3 + [11] * 3 + [17] * 3)
+    assert x.tolist() == pytest.approx([8, 14, 20] * 3)
+    assert y.tolist() == pytest.approx([2] * 3 + [11] * 3 + [20] * 3)
 
 
 def test_a_convolution_at_points_is_a_deformable_one() -> None:
@@ -291,10 +292,10 @@ def test_a_convolution_at_points_is_a_deformable_one() -> None:
 
 
 def test_a_cascade_with_anchors_left_alone_is_a_plain_convolution() -> None:
-    """Boxes of 3 x 3 cells around each cell: the nine points are the cells themselves."""
+    """Boxes of 2 x 2 cells around each cell: the nine points are the cells themselves."""
     head = CascadeHead(8, 1, num_convs=1, channels=16, delta_stds=(0.05, 0.05, 0.1, 0.1))
     nn.init.zeros_(head.first_bbox_pred.weight)
-    grid = AnchorGrid(((24.0,),), (1.0,), (8,), rounded=True)
+    grid = AnchorGrid(((16.0,),), (1.0,), (8,), rounded=True)
     anchors = grid_anchors(grid, (32, 40), torch.device("cpu"))
     feature = torch.rand(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
     logits, deltas, quality, moved = head(feature, anchors, 8)
@@ -316,7 +317,7 @@ def test_the_losses_of_a_cascade_written_out() -> None:
     flags = batch.gt_valid, batch.gt_ignore
     lengths = model.grid.level_lengths(batch.canvas)
     first = center_region_assign(
-        anchors, lengths, batch.gt_boxes, *flags, share=0.2, ignore_ioa=0.5
+        anchors, lengths, model.grid.strides, batch.gt_boxes, *flags, share=0.2, ignore_ioa=0.5
     )
     moving = objectness = box = 0.0
     for i in range(2):
@@ -368,16 +369,23 @@ def test_oln_learns_nothing_of_background_and_aims_at_centerness() -> None:
     anchors = grid_anchors(model.grid, batch.canvas, ONE.device)
     assert torch.equal(picks.positive, picks.valid)
     assert not picks.positive[0].any()
-    total = weights = 0.0
-    for i, row in picks.positive.nonzero().tolist():
+    total = boxes = 0.0
+    for i, slot in picks.positive.nonzero().tolist():
+        row = picks.at[i, slot]
         iou = box_iou(anchors[row][None], batch.gt_boxes[i])[0]
-        assert iou.max() >= 0.3 or iou.max() == box_iou(anchors, batch.gt_boxes[i]).amax(0).min()
-        target = centerness_targets(anchors[row], batch.gt_boxes[i, iou.argmax()])
+        assert iou.max() >= 0.3
+        gt = batch.gt_boxes[i, iou.argmax()]
+        target = centerness_targets(anchors[row], gt)
         total += (outputs.logits[i, row].sigmoid() - target).abs()
-        weights += target
+        boxes += generalized_box_iou_loss(decode(outputs.deltas[i, row], anchors[row]), gt)
+    reached = (
+        box_iou(anchors, batch.gt_boxes.flatten(0, 1)).view(len(anchors), 3, -1).amax(2) >= 0.3
+    )
+    assert picks.positive.sum(1).tolist() == [0, *reached.sum(0)[1:].clamp(max=256).tolist()]
     assert picks.positive.sum() > 20
-    assert_close(losses.divisor, weights, rtol=1e-4, atol=1e-4)
-    assert_close(losses.objectness, total / (16 * 4), rtol=1e-4, atol=1e-5)
+    assert losses.divisor is None
+    assert_close(losses.objectness, total / (256 * 4), rtol=1e-4, atol=1e-6)
+    assert_close(losses.box, 10 * boxes / (256 * 4), rtol=1e-4, atol=1e-6)
 
 
 def test_the_classic_may_aim_at_the_iou_of_its_boxes() -> None:

@@ -35,8 +35,8 @@ from rpn_train.inspect.panels import FORCED_ANCHOR, IGNORED_ANCHOR, OBJECT, POSI
 from rpn_train.inspect.receptive_field import receptive_fields
 from rpn_train.inspect.story import place, plates, story_page
 from rpn_train.inspect.walk import Walk, walk
+from rpn_train.method_targets import dense_targets
 from rpn_train.model import RPN, normalize_images
-from rpn_train.objective import dense_targets
 from rpn_train.report import log_walk
 from rpn_train.run_log import RunLog
 from rpn_train.run_state import build_state
@@ -333,7 +333,7 @@ def test_an_image_without_objects_and_without_proposals(model: RPN, cfg: TrainCo
     assert set(names) > OF_TRUTH
 
 
-@pytest.mark.parametrize("method", ["retina", "atss", "task_aligned", "oln"])
+@pytest.mark.parametrize("method", ["retina", "atss", "task_aligned"])
 def test_targets_of_methods_that_read_every_anchor(method: str) -> None:
     cfg = compose_run([*TYPED, f"method={method}"])
     index, read = open_split(cfg, "val", "score")
@@ -352,12 +352,25 @@ def test_targets_of_methods_that_read_every_anchor(method: str) -> None:
     shown = {plate.name: plate for plate in plates(seen, None)}
     positive, background = targets.read_of
     assert len(background) == int((expected == BACKGROUND).sum())
-    assert (len(background) == 0) == (method == "oln")
+    assert FORCED_ANCHOR.label not in drawn(shown["assignment"].figure, 0) or method == "retina"
     assert f"{len(positive):,} are positive" in shown["assignment"].text
-    assert FORCED_ANCHOR.label not in drawn(shown["assignment"].figure, 0) or method == "oln"
     outlined = drawn(shown["read"].figure, 1)
     drawn_of = [boxes for label, boxes in outlined.items() if label != OBJECT.label]
     assert sum(map(len, drawn_of)) == min(len(background), learning_figures.DRAWN_READ)
+
+
+def test_background_that_is_not_learned_is_not_read() -> None:
+    cfg = compose_run([*TYPED, "method=oln"])
+    index, read = open_split(cfg, "val", "score")
+    seen = walk(build_model(cfg).eval(), index, read, 4, cfg, truth=True)
+    assert seen.truth is not None
+    positive, background = seen.truth.targets.read_of
+    assert 0 < len(positive) <= 32
+    assert len(background) == len(seen.truth.targets.rows(BACKGROUND)) == 0
+    texts = {plate.name: plate.text for plate in plates(seen, None)}
+    assert "is not learned as background" in texts["assignment"]
+    assert "positive anchors alone, at most 32 random ones" in texts["read"]
+    assert "to how central it is in its object; the deltas" in texts["read"]
 
 
 def test_targets_of_a_cascade_are_those_of_the_moved_anchors() -> None:

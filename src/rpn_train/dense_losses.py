@@ -4,7 +4,7 @@ All are sums, and come with the number to divide them by: these methods count th
 the images of all processes, which only the caller knows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from rpn_train.boxes import take_boxes
 from rpn_train.dense_targets import centerness_targets
 from rpn_train.losses import box_errors
+from rpn_train.objectness_losses import OBJECTNESS_LOSSES
 from rpn_train.targets import IGNORED, POSITIVE
 
 
@@ -28,46 +29,6 @@ class DenseLosses(NamedTuple):
     box: Tensor
     centerness: Tensor
     divisor: Tensor
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Binary cross entropy of each logit, targets in [0, 1]; neither option is used."""
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-
-
-def focal_loss(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Cross entropy that counts less for what is right already (Lin et al. 2017, equation 5).
-
-    The probability of the target class weighs by (1 - p)^gamma, the class by alpha (positive) or
-    1 - alpha. Targets between 0 and 1 mix both, as in torchvision.
-    """
-    # 1 - p of the target class, in one term where the targets are 0 or 1: no cancellation
-    miss = targets * (-logits).sigmoid() + (1 - targets) * logits.sigmoid()
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return weight * miss.pow(gamma) * each
-
-
-def quality_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Cross entropy with soft targets times |p - target|^gamma (Li et al. 2020, equation 3).
-
-    gamma is the paper's beta; alpha is not used.
-    """
-    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (logits.sigmoid() - targets).abs().pow(gamma) * each
-
-
-def absolute_error(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """|p - target| of each probability (Kim et al. 2022, section 3.2); neither option is used."""
-    return (logits.sigmoid() - targets).abs()
-
-
-OBJECTNESS_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "bce": cross_entropy,
-    "l1": absolute_error,
-    "focal": focal_loss,
-    "quality_focal": quality_focal_loss,
-}
 
 
 def dense_losses(

@@ -35,6 +35,7 @@ class DenseTargets(NamedTuple):
 def center_region_assign(
     anchors: Tensor,
     level_lengths: Sequence[int],
+    strides: Sequence[int],
     gt_boxes: Tensor,
     gt_valid: Tensor,
     gt_ignore: Tensor,
@@ -46,24 +47,30 @@ def center_region_assign(
 
     As the first stage of Cascade RPN (Vu et al. 2019, section 3.3) after Wang et al. 2019 (guided
     anchoring, section 3.4). The level is that whose anchors' area is nearest to the object's, as a
-    ratio. There, anchors are positive whose centres lie in the object's middle `share`, both ways,
-    and the one nearest to its centre in any case.
+    ratio. There, anchors are positive whose cells touch the object's middle `share`, both ways, and
+    the one nearest to its centre in any case.
 
     Ignored and background anchors, boxes and flags, one anchor and several objects: as of
     `atss_assign`, which says what the arguments are. Anchors of a level have equal areas.
+
+    Args:
+        strides: px, the side of a cell of each level, around the centre of its anchors.
     """
     centers, _ = centers_and_sizes(anchors)
     parts = anchors.split(list(level_lengths))
     areas = torch.stack([area(part[0]) for part in parts])  # [L]
     levels = [torch.full_like(part[:, 0], i, dtype=torch.int64) for i, part in enumerate(parts)]
     level_of = torch.cat(levels)  # [R]
+    sides = [torch.full_like(part[:, :1], s) for part, s in zip(parts, strides, strict=True)]
+    cells = torch.cat(sides)  # [R, 1] px
     image_labels, image_matches = [], []
     every = torch.arange(len(anchors), device=anchors.device).expand(gt_boxes.shape[1], -1)
     for boxes, valid, ignore in zip(gt_boxes, gt_valid, gt_ignore, strict=True):
         middles, sizes = centers_and_sizes(boxes)
         least = torch.finfo(areas.dtype).tiny  # of padding, whose area may be 0
         level = (area(boxes)[:, None].clamp(min=least) / areas).log().abs().argmin(1)  # [G]
-        near = (centers - middles[:, None]).abs() <= share / 2 * sizes[:, None]  # [G, R, 2]
+        reach = (share * sizes[:, None] + cells) / 2
+        near = (centers - middles[:, None]).abs() <= reach  # [G, R, 2]
         nearest = _nearest(middles, centers, level_lengths, 1).gather(1, level[:, None])
         positive = near.all(-1) & (level_of == level[:, None])
         positive = positive.scatter(1, nearest, True) & (valid & ~ignore)[:, None]

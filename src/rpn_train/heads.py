@@ -201,16 +201,16 @@ class CascadeHead(nn.Module):
 def adaptive_points(boxes: Tensor, cells: Sequence[int], stride: int) -> Tensor:
     """Where a 3x3 convolution looks instead of at its own 3 x 3 cells: x, y [B, 9, H, W, 2], cells.
 
-    At the centres of the nine parts of the box of each cell, cut in three both ways, row by row
-    (Vu et al. 2019, section 3.2).
+    At the corners of the box of each cell, the middles of its sides and its centre, row by row (Vu
+    et al. 2019, section 3.2).
 
     Args:
         boxes: [B, H * W, 4] xyxy px. cells: (H, W); the first is centred at (0, 0).
     """
     centers, sizes = centers_and_sizes(boxes.unflatten(1, tuple(cells)) / stride)
     (x, y), (width, height) = centers.unbind(-1), sizes.unbind(-1)
-    thirds = (-1 / 3, 0, 1 / 3)
-    nine = [torch.stack([x + b * width, y + a * height], -1) for a in thirds for b in thirds]
+    halves = (-1 / 2, 0, 1 / 2)
+    nine = [torch.stack([x + b * width, y + a * height], -1) for a in halves for b in halves]
     return torch.stack(nine, dim=1)
 
 

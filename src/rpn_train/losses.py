@@ -20,6 +20,7 @@ from rpn_train.boxes import (
     generalized_iou,
     plain_iou,
 )
+from rpn_train.objectness_losses import OBJECTNESS_LOSSES
 from rpn_train.targets import Picks
 
 
@@ -30,16 +31,18 @@ class Losses(NamedTuple):
     box: Tensor
 
 
-def objectness_loss(logits: Tensor, picks: Picks, quality: Tensor | None = None) -> Tensor:
-    """Sum over valid slots of binary cross entropy: logits [B, S] -> scalar.
+def objectness_loss(
+    logits: Tensor, picks: Picks, quality: Tensor | None = None, *, kind: str = "bce"
+) -> Tensor:
+    """Sum over valid slots of the objectness loss: logits [B, S] -> scalar.
 
     Args:
         quality: [B, S] what the objectness of a positive aims at; None: 1.
+        kind: of OBJECTNESS_LOSSES, but not a focal one.
     """
     positive = picks.positive
     targets = positive.float() if quality is None else torch.where(positive, quality, 0.0)
-    each = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-    return (each * picks.valid).sum()
+    return (OBJECTNESS_LOSSES[kind](logits.float(), targets) * picks.valid).sum()
 
 
 # Kinds of box loss that are 1 less a similarity of the decoded box and its object.
@@ -91,6 +94,7 @@ def rpn_losses(
     gt_boxes: Tensor,
     quality: Tensor | None = None,
     *,
+    objectness_kind: str = "bce",
     box_kind: str,
     beta: float,
     stds: Sequence[float],
@@ -102,7 +106,7 @@ def rpn_losses(
     Args:
         logits, deltas: [B, S] and [B, S, 4], at `picks.at`.
         anchors, gt_boxes: [B, S, 4] xyxy px, of each slot; gt_boxes may hold anything where it is
-            not positive. quality: of `objectness_loss`.
+            not positive. quality, objectness_kind: of `objectness_loss`.
         box_kind, beta, stds: of `box_errors`.
         normalizer: slots per image x images of the whole batch, over all processes.
     """
@@ -110,4 +114,5 @@ def rpn_losses(
         deltas, anchors, gt_boxes, picks.positive, kind=box_kind, beta=beta, stds=stds
     )
     box = errors.sum() * box_weight
-    return Losses(objectness_loss(logits, picks, quality) / normalizer, box / normalizer)
+    objectness = objectness_loss(logits, picks, quality, kind=objectness_kind)
+    return Losses(objectness / normalizer, box / normalizer)

@@ -11,9 +11,7 @@ _OF_ALL_ANCHORS = {
     "head": ("towers",),
     "centerness": (True,),
     "assignment": ("atss", "task_aligned", "center_region"),
-    "objectness_loss": ("focal", "quality_focal", "l1"),
-    "objectness_target": ("centerness",),
-    "learn_background": (False,),
+    "objectness_loss": ("focal", "quality_focal"),
 }
 
 
@@ -69,7 +67,7 @@ class MethodConfig:
     num_samples: int = option(256, "random: anchors sampled per image", low=1)
     fg_fraction: float = option(0.5, "random: positives among them at most", above=0, high=1)
     objectness_loss: Literal["bce", "focal", "quality_focal", "l1"] = option(
-        "bce", "cross entropy, or for all anchors Lin 2017, Li 2020, or the absolute error"
+        "bce", "cross entropy, the absolute error, or for all anchors Lin 2017, Li 2020"
     )
     objectness_target: Literal["label", "quality", "centerness"] = option(
         "label",

@@ -6,32 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from rpn_train.anchors import AnchorGrid, grid_anchors
-from rpn_train.boxes import decode, generalized_iou, plain_iou, take_boxes
-from rpn_train.build import assignment_rule
+from rpn_train.boxes import generalized_iou, take_boxes
 from rpn_train.config import TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.dense_losses import dense_losses
-from rpn_train.dense_targets import (
-    DenseTargets,
-    atss_assign,
-    center_region_assign,
-    centerness_targets,
-    task_aligned_assign,
-)
 from rpn_train.heads import Outputs
 from rpn_train.losses import Losses, rpn_losses
-from rpn_train.method_config import MethodConfig
-from rpn_train.model import autocast, normalize_images
-from rpn_train.targets import (
-    IGNORED,
-    POSITIVE,
-    Assignment,
-    Picks,
-    assign,
-    assign_dense,
-    random_keys,
-    sample,
+from rpn_train.method_targets import (
+    center_region_targets,
+    dense_targets,
+    quality_targets,
+    sampled_targets,
 )
+from rpn_train.model import autocast, normalize_images
+from rpn_train.targets import IGNORED, POSITIVE, Assignment, Picks
 
 # Sums over anchors are divided by this before the number of positives of the step is known: it is
 # about that of an image, so that gradients in half precision stay in its range.
@@ -103,7 +91,8 @@ def _losses_of_sample(
         picks,
         anchors,
         gt,
-        _quality(outputs.deltas, anchors, gt, method),
+        quality_targets(outputs.deltas, anchors, gt, method),
+        objectness_kind=method.objectness_loss,
         box_kind=method.box_loss,
         beta=method.smooth_l1_beta,
         stds=method.delta_stds,
@@ -124,7 +113,7 @@ def _losses_of_two_stages(
     method = cfg.method
     outputs = _ask(network, batch, cfg, None)
     assert outputs.anchors is not None
-    first = _center_region(grid, anchors, batch, method)
+    first = center_region_targets(grid, anchors, batch, method)
     positive = first.labels == POSITIVE
     gt = take_boxes(batch.gt_boxes, first.matches)
     # what has no object meets itself: finite values and gradients
@@ -175,116 +164,6 @@ def _losses_of_all(
         (sums.objectness + sums.centerness) / expected, sums.box / expected, sums.divisor
     )
     return losses, Picks(at, positive, read)
-
-
-@torch.no_grad()
-def sampled_targets(
-    grid: AnchorGrid, batch: Batch, method: MethodConfig, moved: Tensor | None = None
-) -> tuple[Assignment, Picks]:
-    """What every anchor is, and which of them are sampled.
-
-    Args:
-        moved: [B, R, 4] where a first stage has moved the anchors; None: they are those of `grid`.
-    """
-    assignment = (
-        _assign(grid, batch, method) if moved is None else _assign_moved(moved, batch, method)
-    )
-    picks = sample(
-        assignment.labels,
-        random_keys(batch.seeds, assignment.labels.shape[1]),
-        num_samples=method.num_samples,
-        fg_fraction=method.fg_fraction,
-    )
-    return assignment, picks
-
-
-@torch.no_grad()
-def dense_targets(
-    grid: AnchorGrid, batch: Batch, outputs: Outputs, method: MethodConfig, progress: float
-) -> DenseTargets:
-    """What every anchor learns, by the assignment of the method."""
-    anchors = grid_anchors(grid, batch.canvas, batch.images.device)
-    targets = _assign_all(grid, anchors, batch, outputs, method, progress)
-    labels, matches, quality = targets
-    if not method.learn_background:
-        labels = torch.where(labels == POSITIVE, labels, IGNORED)
-    if method.objectness_target == "label":
-        quality = None
-    elif quality is None:
-        gt = take_boxes(batch.gt_boxes, matches)
-        quality = _quality(outputs.deltas, anchors, gt, method)
-    return DenseTargets(labels, matches, quality)
-
-
-def _assign_all(
-    grid: AnchorGrid,
-    anchors: Tensor,
-    batch: Batch,
-    outputs: Outputs,
-    method: MethodConfig,
-    progress: float,
-) -> DenseTargets:
-    if method.assignment == "max_iou":
-        return DenseTargets(*_assign(grid, batch, method), None)
-    if method.assignment == "center_region":
-        return DenseTargets(*_center_region(grid, anchors, batch, method), None)
-    if method.assignment == "task_aligned" and progress >= method.aligned_from:
-        return task_aligned_assign(
-            outputs.logits.sigmoid(),
-            decode(outputs.deltas, anchors),
-            anchors,
-            *_objects(batch),
-            candidates=method.aligned_candidates,
-            alpha=method.aligned_alpha,
-            beta=method.aligned_beta,
-            ignore_ioa=method.ignore_ioa,
-        )
-    assignment = atss_assign(
-        anchors,
-        grid.level_lengths(batch.canvas),
-        *_objects(batch),
-        candidates=method.atss_candidates,
-        ignore_ioa=method.ignore_ioa,
-    )
-    return DenseTargets(*assignment, None)
-
-
-def _quality(deltas: Tensor, anchors: Tensor, gt: Tensor, method: MethodConfig) -> Tensor | None:
-    """What the objectness of a positive aims at, [B, S], of anchors and objects [B, S, 4]."""
-    if method.objectness_target == "label":
-        return None
-    if method.objectness_target == "centerness":
-        return centerness_targets(anchors, gt)
-    return plain_iou(decode(deltas.detach().float(), anchors), gt)
-
-
-def _assign(grid: AnchorGrid, batch: Batch, method: MethodConfig) -> Assignment:
-    rule = assignment_rule(method)
-    return assign(grid, batch.canvas, *_objects(batch), batch.sizes, **rule)
-
-
-def _assign_moved(moved: Tensor, batch: Batch, method: MethodConfig) -> Assignment:
-    """The same for anchors [B, R, 4] that differ between images."""
-    rule = assignment_rule(method)
-    images = zip(moved, *(t.split(1) for t in (*_objects(batch), batch.sizes)), strict=True)
-    each = [assign_dense(anchors, *of_image, **rule) for anchors, *of_image in images]
-    return Assignment(*map(torch.cat, zip(*each, strict=True)))
-
-
-def _center_region(
-    grid: AnchorGrid, anchors: Tensor, batch: Batch, method: MethodConfig
-) -> Assignment:
-    return center_region_assign(
-        anchors,
-        grid.level_lengths(batch.canvas),
-        *_objects(batch),
-        share=method.center_share,
-        ignore_ioa=method.ignore_ioa,
-    )
-
-
-def _objects(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.gt_boxes, batch.gt_valid, batch.gt_ignore
 
 
 def _ask(network: nn.Module, batch: Batch, cfg: TrainConfig, at: Tensor | None) -> Outputs:

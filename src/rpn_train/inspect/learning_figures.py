@@ -182,14 +182,15 @@ def read_plate(walk: Walk) -> Plate:
 
 def _reading(method: MethodConfig) -> str:
     """Which anchors the loss reads, and why, in words."""
-    if not method.learn_background:
-        return "The loss reads the positive anchors alone."
-    if method.sampling == "random":
+    if method.sampling == "random" and method.learn_background:
         return (
             "Background is everywhere, and would drown the rest. So the loss of an image reads "
             f"{method.num_samples} random anchors, at most {method.fg_fraction:.0%} of them "
             "positive."
         )
+    if not method.learn_background:
+        some = f", at most {method.num_samples} random ones" * (method.sampling == "random")
+        return f"The loss of an image reads positive anchors alone{some}."
     focal = " and counts those little that are right already" * ("focal" in method.objectness_loss)
     return (
         "Background is everywhere, and could drown the rest. The loss reads every anchor all the "

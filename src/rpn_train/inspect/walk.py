@@ -22,8 +22,8 @@ from rpn_train.data.transforms import fit_size
 from rpn_train.evaluate import propose_batch
 from rpn_train.heads import CascadeHead, Outputs, RPNHead, TowerHead, join_levels
 from rpn_train.method_config import MethodConfig
+from rpn_train.method_targets import dense_targets, sampled_targets
 from rpn_train.model import RPN
-from rpn_train.objective import dense_targets, sampled_targets
 from rpn_train.proposals import Proposals, make_proposals
 from rpn_train.targets import IGNORED, POSITIVE
 
