@@ -142,7 +142,7 @@ def test_kinds_that_are_not_annotated_are_drawn_all_the_same() -> None:
         assert np.array_equal(seen.boxes_xyxy(row), expected)
     assert len(seen.areas) + len(unseen.areas) == len(every.areas)
     assert min(len(seen.areas), len(unseen.areas)) > 20
-    with pytest.raises(DataError, match="got 'stars'; it has 'star'"):
+    with pytest.raises(DataError, match="got 'stars'; it has 'cross', 'ellipse', 'r"):
         shapes_index(0, 1, style, first=0, kinds=["stars"])
 
 

@@ -232,7 +232,7 @@ def find_image(
                 row = next((i for i, name in enumerate(names) if name == below), None)
             if row is not None:
                 return index, read, row, True
-            reason = f"; the {split} split has {names[0]!r} and {len(names) - 1:,} others"
+            reason = f"; the {split} split (split=) has {names[0]!r} and {len(names) - 1:,} others"
     if not path.is_file():
         raise ConfigError(f"image: expected a file, or an image of the data, got {image!r}{reason}")
     index, read = open_files(str(path), cfg.data)

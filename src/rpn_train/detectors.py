@@ -99,6 +99,11 @@ def load_into(detector: FasterRCNN, model: RPN) -> Transfer:
     Raises:
         ConfigError: the anchors or the networks differ.
     """
+    if not isinstance(model.rpn["head"], RPNHead):
+        raise ConfigError(
+            "expected the head of faster_rcnn or oln, which torchvision's detectors have, too, got "
+            f"a {type(model.rpn['head']).__name__}"
+        )
     _check_anchors(detector, model)
     given, expected = _plain_weights(model), detector.state_dict()
     wanted = [key for key in expected if key.startswith(_OURS)]

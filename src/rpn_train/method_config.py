@@ -85,7 +85,12 @@ class MethodConfig:
     box_weight: float = option(1.0, "regression loss against objectness loss", low=0)
 
     def __post_init__(self) -> None:
-        if self.bg_iou > self.fg_iou:
+        if self.head == "cascade" and self.assignment != "max_iou":
+            raise ConfigError(
+                "method.assignment: expected max_iou with method.head=cascade, got "
+                f"{self.assignment}"
+            )
+        if self.assignment == "max_iou" and self.bg_iou > self.fg_iou:
             raise ConfigError(
                 f"method.bg_iou: expected at most method.fg_iou = {self.fg_iou}, got {self.bg_iou}"
             )

@@ -223,12 +223,13 @@ def leaves_root(name: str) -> bool:
 def check_categories(wanted: Sequence[str], known: Collection[str], source: Path) -> None:
     """Raise DataError for a category that the annotations do not know, with the nearest they do."""
     if not wanted:
-        raise DataError("categories: expected at least one name, or null for all, got none")
+        raise DataError("dataset.categories: expected at least one name, or null for all, got none")
     for name in wanted:
         if name not in known:
-            near = get_close_matches(name, known, n=3) or sorted(known)[:10]
+            near = get_close_matches(name, known, n=3) if len(known) > 10 else []
+            near = near or sorted(known)[:10]
             raise DataError(
-                f"categories: expected names from {source}, got {name!r}; "
+                f"dataset.categories: expected names from {source}, got {name!r}; "
                 f"it has {', '.join(map(repr, near)) or 'none'}{', ...' * (len(near) < len(known))}"
             )
 

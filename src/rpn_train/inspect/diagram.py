@@ -53,7 +53,8 @@ def modules_plate(walk: Walk) -> Plate:
     _draw_head(axes, blocks)
     for block in blocks.values():
         _draw(axes, block)
-    for start, end in _arrows(blocks):
+    learned = method.head == "cascade" or method.assignment == "task_aligned"
+    for start, end in _arrows(blocks, learned):
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black"})
     pyramid = ", a feature pyramid" * ("pyramid" in blocks)
     return Plate(
@@ -86,12 +87,14 @@ def _blocks(walk: Walk) -> dict[str, Block]:
     sampling = ["sampling", f"{min(method.num_samples, num_anchors):,} anchors"]
     if method.sampling == "all":
         sampling = ["no sampling", f"all {num_anchors:,} anchors"]
+    losses = ["objectness + boxes", *["+ centerness"] * method.centerness]
+    losses += ["+ boxes of stage one"] * (method.head == "cascade")
     num_objects = "G" if walk.truth is None else f"{len(walk.truth.boxes)}"
     lower = {
         "truth": (["ground truth", f"{num_objects} x 4"], GIVEN),
         "assign": (["assignment", f"{num_anchors:,} labels"], OF_TRAINING),
         "sample": (sampling, OF_TRAINING),
-        "losses": (["losses", "objectness + boxes"], OF_TRAINING),
+        "losses": (["losses", *losses], OF_TRAINING),
         "proposals": (
             ["proposals", "decode, clip, NMS", f"{len(walk.proposals.logits):,} x 4"],
             OF_RESULT,
@@ -142,8 +145,12 @@ def _network(walk: Walk, floor: float) -> dict[str, Block]:
     return blocks
 
 
-def _arrows(blocks: dict[str, Block]) -> list[tuple[Point, Point]]:
-    """From where to where something flows."""
+def _arrows(blocks: dict[str, Block], learned: bool) -> list[tuple[Point, Point]]:
+    """From where to where something flows.
+
+    Args:
+        learned: whether the assignment depends on what the network says.
+    """
     path = [blocks[name] for name in ("image", "body", "pyramid", "head") if name in blocks]
     path_of_training = [blocks[name] for name in ("truth", "assign", "sample", "losses")]
     arrows = [
@@ -154,6 +161,9 @@ def _arrows(blocks: dict[str, Block]) -> list[tuple[Point, Point]]:
     x, bottom = blocks["deltas"].edge(0, -1)
     arrows.append(((x - 0.6 * BOX_IN, bottom - AROUND_IN), losses.edge(0.5, 1)))
     arrows.append(((x, bottom - AROUND_IN), proposals.edge(0, 1)))
+    if learned:
+        start = head.edge(-1, 0)[0], bottom - AROUND_IN
+        arrows.append((start, blocks["assign"].edge(0.5, 1)))
     level = blocks["anchors"].edge(0, 1)[1]
     for name in ("assign", "losses", "proposals"):
         x, bottom = blocks[name].edge(0, -1)

@@ -28,7 +28,7 @@ from rpn_train.inspect.panels import (
 from rpn_train.inspect.walk import Walk
 from rpn_train.losses import rpn_losses
 from rpn_train.method_config import MethodConfig
-from rpn_train.targets import BACKGROUND, IGNORED, POSITIVE, assign, sample
+from rpn_train.targets import BACKGROUND, IGNORED, POSITIVE, assign, assign_dense, sample
 
 DRAWN_IGNORED, DRAWN_READ = 100, 256  # more would be a wall
 # What the objectness of a positive anchor aims at.
@@ -47,7 +47,7 @@ ASSIGNMENTS: dict[str, Callable[..., object]] = {
 
 def objectness_plate(walk: Walk) -> Plate:
     """The objectness of every level, the highest of each cell, beside the image."""
-    count = 1 + len(walk.levels)
+    count, method = 1 + len(walk.levels), walk.cfg.method
     figure, (first, *panels) = image_panels(count, walk.size, columns=min(count, 3), bar=True)
     show_image(first, walk.image)
     first.set_title("the image", fontsize=10)
@@ -65,15 +65,25 @@ def objectness_plate(walk: Walk) -> Plate:
     return Plate(
         "objectness",
         "Objectness, level by level",
-        "One of the branches gives every anchor a number, whose sigmoid is the probability that "
-        "the anchor is an object. Drawn is the highest of each cell, around the point on which "
-        "its anchors are centred. Each level answers for objects of about the size of its anchors "
-        "and stays dark for the others."
-        + " Here it is the root of this probability times that of another branch, centerness: it "
-        "ranks the proposals." * walk.cfg.method.centerness,
+        f"One of the branches gives every anchor a number, whose sigmoid {_meaning(method)}. Drawn "
+        "is the highest of each cell, around the point on which its anchors are centred."
+        + (
+            " Each level answers for objects of about the size of its anchors and stays dark for "
+            "the others."
+            if method.learn_background
+            else " Where no object is it was never told what to say."
+        )
+        + " What is drawn here ranks the proposals: the root of the product of this probability "
+        "and that of another branch, centerness." * method.centerness,
         figure,
         (walk.head,),
     )
+
+
+def _meaning(method: MethodConfig) -> str:
+    if method.objectness_target == "label":
+        return "is the probability that the anchor is an object"
+    return f"says {AIMS[method.objectness_target]}"
 
 
 def assignment_plate(walk: Walk) -> Plate:
@@ -103,7 +113,9 @@ def assignment_plate(walk: Walk) -> Plate:
         _rule(method) + f" Of the {len(walk.anchors):,} anchors here {len(rows):,} are positive, "
         f"{len(ignored):,} ignored and {len(truth.targets.rows(BACKGROUND)):,} background.",
         figure,
-        (ASSIGNMENTS[method.assignment],),
+        (center_region_assign, assign_dense)
+        if method.head == "cascade"
+        else (ASSIGNMENTS[method.assignment],),
     )
 
 
@@ -137,15 +149,37 @@ def _rule(method: MethodConfig) -> str:
         rule = (
             f"In training an anchor{moved} is positive if its IoU with an object is at least "
             f"{method.fg_iou:g}{background * method.learn_background}."
-            + " The best anchors of each object are positive in any case, so that none is left out."
-            * method.force_best
+            + _forced(method)
+            + " An anchor across the border of the image is ignored, too."
+            * (method.border == "ignore")
         )
+        if method.head == "cascade":
+            rule = (
+                "The first stage learns to move the anchors whose cells touch the middle of an "
+                f"object, {method.center_share:.0%} of its sides, on the level of its size. Drawn "
+                f"is what the second learns. {rule}"
+            )
     if not method.learn_background:
         rule += (
             " All others are ignored here: what nobody has labelled may be an object, too, so it "
             "is not learned as background."
         )
     return rule
+
+
+def _forced(method: MethodConfig) -> str:
+    if not method.force_best:
+        return ""
+    if method.forced_min_iou == 0:
+        return (
+            " The best anchors of each object are positive in any case, so that none is left out."
+        )
+    if method.forced_min_iou < method.fg_iou:
+        return (
+            " The best anchors of each object are positive, too, if their IoU is at least "
+            f"{method.forced_min_iou:g}."
+        )
+    return ""
 
 
 def read_plate(walk: Walk) -> Plate:
@@ -158,7 +192,7 @@ def read_plate(walk: Walk) -> Plate:
     for axes, rows, (kind, to) in zip(panels, truth.targets.read_of, towards.items(), strict=True):
         show_image(axes, walk.image, faded=True)
         show_objects(axes, truth)
-        scores = walk.logits[rows].sigmoid()
+        scores = walk.objectness[rows].sigmoid()
         order = torch.argsort(scores)[-DRAWN_READ:]  # the highest on top
         show_scored(axes, walk.anchors[rows][order], scores[order])
         title = f"{len(rows):,} {kind}"
@@ -174,7 +208,9 @@ def read_plate(walk: Walk) -> Plate:
         f"{_reading(method)} It pulls the objectness of the positive ones (left) to "
         + AIMS[method.objectness_target]
         + " and of the background (right) to 0" * method.learn_background
-        + "; the deltas are learned from the positive ones alone.",
+        + "; the deltas"
+        + ", and the centerness of the other branch," * method.centerness
+        + " are learned from the positive ones alone.",
         figure,
         (losses,) if method.sampling == "all" else (sample, losses),
     )

@@ -30,7 +30,6 @@ from rpn_train.inspect.walk import Walk
 CHANNELS = 4  # of each level that are drawn, those that vary most
 CORNER_PX, MARGIN_PX = 136, 8  # of the image, where the centres of anchors are drawn
 SMOOTH = 96  # drawn cells beside each other at least
-WINDOW = Look("3 x 3 cells: what the window covers", ORANGE, width=2.5)
 FIELD = Look("receptive field: all that the window depends on", VERMILLION, "--", 2)
 
 
@@ -113,13 +112,16 @@ def window_plate(walk: Walk, fields: list[ReceptiveField] | None) -> Plate:
     figure, panels = image_panels(count, shape, columns=count)
     strength = level.feature.square().mean(0).sqrt()
     panels[0].imshow(strength.numpy(), cmap="gray", interpolation="nearest")
-    window = torch.tensor([[column - 1.5, row - 1.5, column + 1.5, row + 1.5]])  # in cells
-    show_boxes(panels[0], window, WINDOW)
+    cells = _window_cells(walk)
+    half = torch.tensor([-cells / 2, -cells / 2, cells / 2, cells / 2])
+    window = torch.tensor([[column, row, column, row]]) + half  # in cells
+    look = Look(f"{cells} x {cells} cells: what the window covers", ORANGE, width=2.5)
+    show_boxes(panels[0], window, look)
     panels[0].set_title(f"the map of stride {level.stride}, all channels together", fontsize=10)
     for axes in panels[1:]:
         show_image(axes, walk.image)
-        show_boxes(axes, window * level.stride, WINDOW)
-    panels[1].set_title(f"the same cells on the image, {3 * level.stride} px", fontsize=10)
+        show_boxes(axes, window * level.stride, look)
+    panels[1].set_title(f"the same cells on the image, {cells * level.stride} px", fontsize=10)
     if seen is not None:
         zoom_out(panels[2], seen, walk.size)
         show_boxes(panels[2], seen, FIELD)
@@ -139,10 +141,20 @@ def window_plate(walk: Walk, fields: list[ReceptiveField] | None) -> Plate:
         "The mini network and what it sees",
         f"A small network slides over every cell of every level: {_mini_network(walk)}, the same "
         "weights everywhere. Drawn is the cell behind the best proposal, of stride "
-        f"{level.stride}." + sees,
+        f"{level.stride}."
+        + " The window is that of the first stage." * (walk.cfg.method.head == "cascade")
+        + sees
+        + " Group norm adds a little of every other pixel." * (walk.cfg.method.head == "towers"),
         figure,
         (walk.head, receptive_fields),
     )
+
+
+def _window_cells(walk: Walk) -> int:
+    """Side of what the convolutions of the head cover, of a cascade those of its first stage."""
+    method = walk.cfg.method
+    dilation = 3 if method.head == "cascade" else 1
+    return 2 * dilation * method.num_convs + walk.kernel
 
 
 def _mini_network(walk: Walk) -> str:

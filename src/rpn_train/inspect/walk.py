@@ -87,7 +87,8 @@ class Walk:
 
     name: of the image. stored: uint8 [3, H, W]; image: the same resized, without padding; canvas:
     (height, width) with it. placed, anchors, boxes: float32 [R, 4], the anchors of the grid, the
-    same as a first stage moves them, and after regression; logits: float32 [R], that rank. shapes:
+    same as a first stage moves them, and after regression; objectness, logits: float32 [R], of that
+    branch, and what ranks, which are the same if no other branch has a say. shapes:
     of what "body", "backbone" and the branches "logits" and "deltas" put out, and of what goes into
     the first ("hidden"). kernel: side of the convolutions of the branches. truth: None where it is
     not known.
@@ -101,6 +102,7 @@ class Walk:
     grid: AnchorGrid
     placed: Tensor
     anchors: Tensor
+    objectness: Tensor
     logits: Tensor
     boxes: Tensor
     levels: tuple[Level, ...]
@@ -190,6 +192,7 @@ def walk(
         grid=model.grid,
         placed=placed.cpu(),
         anchors=anchors.cpu(),
+        objectness=outputs.logits[0].cpu(),
         logits=logits[0].cpu(),
         boxes=boxes.cpu(),
         levels=_levels(model.grid, batch, heard["backbone"], logits, deltas, anchors, cfg),
