@@ -15,6 +15,7 @@ from rpn_train.objectness_losses import OBJECTNESS_LOSSES, focal_loss, quality_f
 
 OPTIONS = {
     "objectness_kind": "focal",
+    "by_centerness": False,
     "box_kind": "giou",
     "beta": 1 / 9,
     "box_weight": 2.0,
@@ -107,9 +108,12 @@ def test_centerness_weighs_the_boxes_by_hand():
     The probability is .75: the cross entropy with y is y log(4/3) + (1 - y) log 4.
     """
     y = math.sqrt(0.6)
-    losses = by_hand(centerness_logits=torch.full((1, 4), LOG3))
+    losses = by_hand(centerness_logits=torch.full((1, 4), LOG3), by_centerness=True)
     quality = (1 + y) * math.log(4 / 3) + (1 - y) * math.log(4)
     assert losses[1:] == pytest.approx([0.4 * y, quality, 2])
+    # of a head that does not predict it, and whatever objectness aims at
+    soft = torch.tensor([[0.5, 0.25, 9, 9]])
+    assert by_hand(quality=soft, by_centerness=True)[1:] == pytest.approx([0.4 * y, 0, 0.75])
 
 
 def test_soft_targets_by_hand():
@@ -168,11 +172,11 @@ def plain_losses(case, options):
         kind = {"kind": options["box_kind"], "beta": options["beta"]}
         one = (case["deltas"][i, r], anchor, gt, torch.tensor(True))
         error = box_errors(*one, **kind, stds=options["delta_stds"])
-        weight = target
+        central = centerness_targets(anchor, gt)
+        weight = central if options["by_centerness"] else target
         if case["centerness_logits"] is not None:
-            weight = centerness_targets(anchor, gt)
-            entropy = F.binary_cross_entropy_with_logits(case["centerness_logits"][i, r], weight)
-            sums[2] = sums[2] + entropy
+            logit = case["centerness_logits"][i, r]
+            sums[2] = sums[2] + F.binary_cross_entropy_with_logits(logit, central)
         sums[1] = sums[1] + options["box_weight"] * weight * error
         sums[3] = sums[3] + target
     return sums
@@ -194,6 +198,7 @@ def test_sums_are_the_plain_ones(box_kind, kind, without):
     if without:
         case[without] = None
     options = OPTIONS | {"box_kind": box_kind, "objectness_kind": kind}
+    options["by_centerness"] = case["centerness_logits"] is not None
     ours, theirs = dense_losses(**case, **options), plain_losses(case, options)
     assert_close(list(ours), theirs)
     outputs = [case[k] for k in ("logits", "deltas", "centerness_logits") if case[k] is not None]

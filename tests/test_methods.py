@@ -216,6 +216,7 @@ def test_a_step_is_the_gradient_of_the_sums_over_the_count(method: str) -> None:
         batch.gt_boxes,
         *targets,
         objectness_kind=method_cfg.objectness_loss,
+        by_centerness=method_cfg.centerness,
         box_kind=method_cfg.box_loss,
         beta=method_cfg.smooth_l1_beta,
         box_weight=method_cfg.box_weight,
@@ -244,6 +245,17 @@ def test_task_aligned_begins_as_atss() -> None:
     atss = dense_targets(model.grid, batch, outputs, replace(cfg.method, assignment="atss"), 0.9)
     assert torch.equal(early.labels, atss.labels)
     assert not torch.equal(late.labels, atss.labels)
+    assert early.quality is None
+    # its losses, too: the focal one towards 1, and boxes weighted by centerness
+    other = replace(cfg.method, assignment="atss", objectness_loss="focal")
+    plain = replace(cfg, method=replace(other, objectness_target="label"))
+    aiming = replace(cfg, method=replace(other, objectness_target="centerness"))
+    first, plain_losses, weighted = (
+        batch_losses(model, model.grid, batch, c, 0.3)[0] for c in (cfg, plain, aiming)
+    )
+    assert_close((first.objectness, first.divisor), (plain_losses.objectness, plain_losses.divisor))
+    assert_close(first.box, weighted.box)
+    assert first.box < 0.9 * plain_losses.box
 
 
 @pytest.mark.parametrize("method", ALL)

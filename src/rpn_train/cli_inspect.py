@@ -112,6 +112,11 @@ def _inspect(arguments: Sequence[str]) -> int:
             "which anchors are positive, and how many, is told of method.assignment=max_iou; "
             f"{cfg.method.assignment} chooses otherwise and reaches objects below its IoU"
         )
+    if cfg.method.head == "cascade":
+        notes.append(
+            "which anchors are positive, and how many, is told of anchors that no first stage has "
+            "moved; those of a cascade are assigned after that"
+        )
     inspection = inspect_split(
         index,
         model.grid,

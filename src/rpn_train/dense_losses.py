@@ -42,6 +42,7 @@ def dense_losses(
     quality: Tensor | None,
     *,
     objectness_kind: str,
+    by_centerness: bool,
     box_kind: str,
     beta: float,
     box_weight: float,
@@ -51,7 +52,7 @@ def dense_losses(
 ) -> DenseLosses:
     """Losses of a batch from the outputs at all anchors. Ignored anchors add nothing.
 
-    A positive's box loss is weighted by its centerness if the head predicts that (Tian et al. 2019,
+    A positive's box loss is weighted by its centerness if that is asked for (Tian et al. 2019,
     Zhang et al. 2020), or else by its `quality` if there is one (Feng et al. 2021, equation 7), or
     else by 1. (With centerness the authors divide the boxes by the sum of these weights; here one
     number divides all, so that a box counts as much as it is central in any batch.)
@@ -60,6 +61,7 @@ def dense_losses(
         logits, deltas: [B, R] and [B, R, 4]. centerness_logits: [B, R]; None: not predicted.
         anchors: [R, 4]. gt_boxes: [B, G, 4]. labels, matches: [B, R] as of `Assignment`.
         quality: [B, R] what the objectness of a positive aims at; None: 1.
+        by_centerness: whether boxes are weighted so, of a head that predicts it or not.
         focal_gamma: 0, or at least 1: between them gradients need not be finite.
         objectness_kind: of OBJECTNESS_LOSSES. box_kind, beta, delta_stds: of `box_errors`.
     """
@@ -69,11 +71,12 @@ def dense_losses(
     loss = OBJECTNESS_LOSSES[objectness_kind]
     each = loss(logits.float(), targets, alpha=focal_alpha, gamma=focal_gamma)
     objectness = torch.where(labels != IGNORED, each, 0.0).sum()
-    weights, centerness_loss = targets, torch.zeros_like(objectness)
+    centerness = torch.where(positive, centerness_targets(anchors, gt), 0.0)
+    weights = centerness if by_centerness else targets
+    centerness_loss = torch.zeros_like(objectness)
     if centerness_logits is not None:
-        weights = torch.where(positive, centerness_targets(anchors, gt), 0.0)
         each = F.binary_cross_entropy_with_logits(
-            centerness_logits.float(), weights, reduction="none"
+            centerness_logits.float(), centerness, reduction="none"
         )
         centerness_loss = torch.where(positive, each, 0.0).sum()
     each = box_errors(deltas, anchors, gt, positive, kind=box_kind, beta=beta, stds=delta_stds)

@@ -59,7 +59,7 @@ class MethodConfig:
     aligned_alpha: float = option(1.0, "task_aligned: score^alpha x IoU^beta", low=0)
     aligned_beta: float = option(6.0, "task_aligned: score^alpha x IoU^beta", low=0)
     aligned_from: float = option(
-        1 / 3, "share of the run before which task_aligned is atss", low=0, high=1
+        1 / 3, "share of the run before which task_aligned learns as atss does", low=0, high=1
     )
     sampling: Literal["random", "all"] = option(
         "random", "anchors that the loss reads: a balanced sample, or every one"

@@ -59,12 +59,20 @@ def dense_targets(
     targets = _assign_all(grid, anchors, batch, outputs, method, progress)
     labels, matches, quality = targets
     labels = _learned(labels, method)
-    if method.objectness_target == "label":
+    if method.objectness_target == "label" or before_alignment(method, progress):
         quality = None
     elif quality is None:
         gt = take_boxes(batch.gt_boxes, matches)
         quality = quality_targets(outputs.deltas, anchors, gt, method)
     return DenseTargets(labels, matches, quality)
+
+
+def before_alignment(method: MethodConfig, progress: float) -> bool:
+    """Whether a method that assigns by its own predictions is ATSS yet, in targets and losses.
+
+    As in the authors' code (Feng et al. 2021): what the network says is worth nothing at first.
+    """
+    return method.assignment == "task_aligned" and progress < method.aligned_from
 
 
 def quality_targets(
@@ -114,7 +122,7 @@ def _assign_all(
         return DenseTargets(*_assign(grid, batch, method), None)
     if method.assignment == "center_region":
         return DenseTargets(*center_region_targets(grid, anchors, batch, method), None)
-    if method.assignment == "task_aligned" and progress >= method.aligned_from:
+    if method.assignment == "task_aligned" and not before_alignment(method, progress):
         return task_aligned_assign(
             outputs.logits.sigmoid(),
             decode(outputs.deltas, anchors),

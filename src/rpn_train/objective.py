@@ -13,6 +13,7 @@ from rpn_train.dense_losses import dense_losses
 from rpn_train.heads import Outputs
 from rpn_train.losses import Losses, rpn_losses
 from rpn_train.method_targets import (
+    before_alignment,
     center_region_targets,
     dense_targets,
     quality_targets,
@@ -139,7 +140,7 @@ def _losses_of_all(
     progress: float,
 ) -> tuple[BatchLosses, Picks]:
     """Every anchor is read; which are positive may follow from what the network says of them."""
-    method = cfg.method
+    method, early = cfg.method, before_alignment(cfg.method, progress)
     outputs = _ask(network, batch, cfg, None)
     targets = dense_targets(grid, batch, outputs, method, progress)
     sums = dense_losses(
@@ -149,7 +150,8 @@ def _losses_of_all(
         anchors,
         batch.gt_boxes,
         *targets,
-        objectness_kind=method.objectness_loss,
+        objectness_kind="focal" if early else method.objectness_loss,
+        by_centerness=early or method.centerness,
         box_kind=method.box_loss,
         beta=method.smooth_l1_beta,
         box_weight=method.box_weight,

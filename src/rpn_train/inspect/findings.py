@@ -66,10 +66,13 @@ def _reached(report: Report) -> Iterator[str]:
     everything = report.reach["area"]["all"]
     if not everything.num_objects:
         return
-    yield (
-        f"{percent(everything.reached)} of the objects reach IoU {report.fg_iou:g} with an "
-        f"anchor, {percent(everything.forced)} train only through their best one, "
+    trains = (
+        f", {percent(everything.forced)} train only through their best one, "
         f"{percent(untrained(everything))} not at all"
+    )
+    yield (
+        f"{percent(everything.reached)} of the objects reach IoU {report.fg_iou:g} with an anchor"
+        + trains * report.by_iou
     )
     for kind in ("side", "ratio"):
         for name, group in report.reach[kind].items():

@@ -85,8 +85,9 @@ class Report:
     """All figures, plain.
 
     source: root or format of the data set. ratios, fg_iou: of the anchors and of the method.
-    reach: kind of group -> group -> figures; see `object_groups`. small: short side of the image
-    -> share of objects under `SMALL_PX` there.
+    by_iou: whether training assigns these anchors, and by this IoU. reach: kind of group -> group
+    -> figures; see `object_groups`. small: short side of the image -> share of objects under
+    `SMALL_PX` there.
     """
 
     split: str
@@ -96,6 +97,7 @@ class Report:
     max_side: int
     ratios: tuple[float, ...]
     fg_iou: float
+    by_iou: bool
     data: SplitSummary
     reach: dict[str, dict[str, Reach]]
     positives: PositivesSummary
@@ -145,10 +147,8 @@ def inspect_split(
     Raises:
         DataError: anchors are to be fitted, and there is no object.
     """
-    short_side, max_side = cfg.image.short_side, cfg.image.max_side
-    objects = resized_objects(
-        index, short_side=short_side, max_side=max_side, divisor=max(grid.strides)
-    )
+    size = {"short_side": cfg.image.short_side, "max_side": cfg.image.max_side}
+    objects = resized_objects(index, **size, divisor=max(grid.strides))
     per_image = np.bincount(objects.image.numpy(), minlength=len(index))
     coverage = object_coverage(objects, grid, border=cfg.method.border)
     groups = object_groups(objects)
@@ -157,15 +157,15 @@ def inspect_split(
     part = objects._replace(boxes=objects.boxes[some], image=objects.image[some])
     levels = range(len(grid.strides))
     ious = [level_ious(part, grid, level, border=cfg.method.border).amax(0) for level in levels]
-    advice = image_size_advice(index, short_side=short_side, max_side=max_side, small_px=SMALL_PX)
+    advice = image_size_advice(index, **size, small_px=SMALL_PX)
     report = Report(
         split=split,
         source=cfg.dataset.root or cfg.dataset.format,
         backbone=cfg.backbone.name,
-        short_side=short_side,
-        max_side=max_side,
+        **size,
         ratios=grid.ratios,
         fg_iou=cfg.method.fg_iou,
+        by_iou=cfg.method.assignment == "max_iou" and cfg.method.head != "cascade",
         data=summarize_split(index, objects, per_image, files_checked, files),
         reach={kind: _reach(coverage, of_kind, cfg) for kind, of_kind in groups.items()},
         positives=_positives(objects, grid, per_image, cfg),

@@ -136,35 +136,39 @@ def _rule(method: MethodConfig) -> str:
         )
     elif method.assignment == "center_region":
         rule = (
-            "In training an anchor is positive if its centre lies in the middle of an object, "
+            "In training an anchor is positive if its cell touches the middle of an object, "
             f"{method.center_share:.0%} of its sides, on the level of its size."
         )
     else:
-        moved = ", as the first stage has moved it," * (method.head == "cascade")
-        background = (
-            f", and background if it is below {method.bg_iou:g} with all of them"
-            + "; what is in between is ignored, because neither answer would be right"
-            * (method.fg_iou > method.bg_iou)
-        )
-        rule = (
-            f"In training an anchor{moved} is positive if its IoU with an object is at least "
-            f"{method.fg_iou:g}{background * method.learn_background}."
-            + _forced(method)
-            + " An anchor across the border of the image is ignored, too."
-            * (method.border == "ignore")
-        )
-        if method.head == "cascade":
-            rule = (
-                "The first stage learns to move the anchors whose cells touch the middle of an "
-                f"object, {method.center_share:.0%} of its sides, on the level of its size. Drawn "
-                f"is what the second learns. {rule}"
-            )
+        rule = _by_iou(method)
     if not method.learn_background:
         rule += (
             " All others are ignored here: what nobody has labelled may be an object, too, so it "
             "is not learned as background."
         )
     return rule
+
+
+def _by_iou(method: MethodConfig) -> str:
+    moved = ", as the first stage has moved it," * (method.head == "cascade")
+    background = (
+        f", and background if it is below {method.bg_iou:g} with all of them"
+        + "; what is in between is ignored, because neither answer would be right"
+        * (method.fg_iou > method.bg_iou)
+    )
+    rule = (
+        f"In training an anchor{moved} is positive if its IoU with an object is at least "
+        f"{method.fg_iou:g}{background * method.learn_background}."
+        + _forced(method)
+        + " An anchor across the border of the image is ignored, too." * (method.border == "ignore")
+    )
+    if method.head != "cascade":
+        return rule
+    return (
+        "The first stage learns to move the anchors whose cells touch the middle of an object, "
+        f"{method.center_share:.0%} of its sides, on the level of its size. Drawn is what the "
+        f"second learns. {rule}"
+    )
 
 
 def _forced(method: MethodConfig) -> str:

@@ -128,26 +128,31 @@ def window_plate(walk: Walk, fields: list[ReceptiveField] | None) -> Plate:
         high, wide = (seen[0, 2:] - seen[0, :2]).flip(0).tolist()
         panels[2].set_title(f"what it depends on: {high:g} x {wide:g} px", fontsize=10)
     legend_of(figure, panels)
-    sees = (
-        " All pixels that the answer depends on are its receptive field, in theory; most of "
-        "its weight is near the middle, and outside of the image there are zeros."
-        if seen is not None
-        else " The answer depends on the whole image."
-        if fields is not None
-        else ""
-    )
     return Plate(
         "window",
         "The mini network and what it sees",
         f"A small network slides over every cell of every level: {_mini_network(walk)}, the same "
         "weights everywhere. Drawn is the cell behind the best proposal, of stride "
-        f"{level.stride}."
-        + " The window is that of the first stage." * (walk.cfg.method.head == "cascade")
-        + sees
-        + " Group norm adds a little of every other pixel." * (walk.cfg.method.head == "towers"),
+        f"{level.stride}." + _sees(walk, fields, seen),
         figure,
         (walk.head, receptive_fields),
     )
+
+
+def _sees(walk: Walk, fields: list[ReceptiveField] | None, seen: Tensor | None) -> str:
+    """What the answer of a cell depends on, in words."""
+    text = " The window is that of the first stage." * (walk.cfg.method.head == "cascade")
+    if seen is not None:
+        text += (
+            " All pixels that the answer depends on are its receptive field, in theory; most of "
+            "its weight is near the middle, and outside of the image there are zeros."
+        )
+        text += " Group norm adds a little of every other pixel." * (
+            walk.cfg.method.head == "towers"
+        )
+    elif fields is not None:
+        text += " The answer depends on the whole image."
+    return text
 
 
 def _window_cells(walk: Walk) -> int:
