@@ -110,10 +110,11 @@ def test_centerness_weighs_the_boxes_by_hand():
     y = math.sqrt(0.6)
     losses = by_hand(centerness_logits=torch.full((1, 4), LOG3), by_centerness=True)
     quality = (1 + y) * math.log(4 / 3) + (1 - y) * math.log(4)
-    assert losses[1:] == pytest.approx([0.4 * y, quality, 2])
+    assert losses[1:] == pytest.approx([0.4 * y / 0.635, quality, 2])
     # of a head that does not predict it, and whatever objectness aims at
     soft = torch.tensor([[0.5, 0.25, 9, 9]])
-    assert by_hand(quality=soft, by_centerness=True)[1:] == pytest.approx([0.4 * y, 0, 0.75])
+    weighted = by_hand(quality=soft, by_centerness=True)
+    assert weighted[1:] == pytest.approx([0.4 * y / 0.635, 0, 0.75])
 
 
 def test_soft_targets_by_hand():
@@ -173,7 +174,7 @@ def plain_losses(case, options):
         one = (case["deltas"][i, r], anchor, gt, torch.tensor(True))
         error = box_errors(*one, **kind, stds=options["delta_stds"])
         central = centerness_targets(anchor, gt)
-        weight = central if options["by_centerness"] else target
+        weight = central / 0.635 if options["by_centerness"] else target
         if case["centerness_logits"] is not None:
             logit = case["centerness_logits"][i, r]
             sums[2] = sums[2] + F.binary_cross_entropy_with_logits(logit, central)

@@ -203,8 +203,6 @@ def _follow(image: str, own: InspectArguments, typed: Sequence[str]) -> int:
         notes.append(
             "its objects are not known, so what training makes of the anchors is not drawn"
         )
-    elif seen.truth.targets is None:
-        notes.append("the loss of this method reads every anchor, so sampled ones are not drawn")
     written = write_story(seen, fields, [f"Through {source.name}.", *notes], folder)
     print("\n".join([f"{seen.name} through {source.name}", *(f"  * {note}" for note in notes)]))
     print(f"written to {folder}: {', '.join(written)}")

@@ -90,6 +90,11 @@ class MethodConfig:
                 "method.assignment: expected max_iou with method.head=cascade, got "
                 f"{self.assignment}"
             )
+        if self.assignment == "task_aligned" and self.objectness_target == "centerness":
+            raise ConfigError(
+                "method.objectness_target: expected label or quality with "
+                "method.assignment=task_aligned, got centerness"
+            )
         if self.assignment == "max_iou" and self.bg_iou > self.fg_iou:
             raise ConfigError(
                 f"method.bg_iou: expected at most method.fg_iou = {self.fg_iou}, got {self.bg_iou}"

@@ -115,7 +115,10 @@ def log_step(
 def log_training_batch(
     log: RunLog, batch: Batch, picks: Picks, grid: AnchorGrid, step: int
 ) -> None:
-    """The first image of a training batch with the positive anchors that were sampled in it."""
+    """The first image of a training batch with the positive anchors that the loss read.
+
+    Those of a cascade where they were before its first stage moved them.
+    """
     anchors = grid_anchors(grid, batch.canvas, batch.images.device)
     height, width = batch.sizes[0].tolist()
     picture = draw_anchors(
@@ -123,7 +126,7 @@ def log_training_batch(
         gt_boxes=batch.gt_boxes[0, batch.gt_valid[0]].cpu(),
         positives=anchors[picks.at[0, picks.positive[0]]].cpu(),
     )
-    log.image("train/sampled_positives", step, picture)
+    log.image("train/positives", step, picture)
 
 
 def log_evaluation(

@@ -84,9 +84,13 @@ def _blocks(walk: Walk) -> dict[str, Block]:
     ]
     y = 0.1 + _height(anchors) / 2
     blocks = {"anchors": Block(anchors, GIVEN, _column(2.5), y, 3 * COLUMN_IN + BOX_IN)}
-    sampling = ["sampling", f"{min(method.num_samples, num_anchors):,} anchors"]
+    read = "anchors" if method.learn_background else "positives"
+    most = (
+        method.num_samples if method.learn_background else method.num_samples * method.fg_fraction
+    )
+    sampling = ["sampling", f"{min(int(most), num_anchors):,} {read}"]
     if method.sampling == "all":
-        sampling = ["no sampling", f"all {num_anchors:,} anchors"]
+        sampling = ["no sampling", f"all {read}"]
     losses = ["objectness + boxes", *["+ centerness"] * method.centerness]
     losses += ["+ boxes of stage one"] * (method.head == "cascade")
     num_objects = "G" if walk.truth is None else f"{len(walk.truth.boxes)}"

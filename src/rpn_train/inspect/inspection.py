@@ -39,8 +39,8 @@ CURVE_OBJECTS = 50_000  # compared with each level on its own, for a figure
 class PositivesSummary:
     """Positive anchors in some images that have objects, before sampling.
 
-    above_sample: share of images with more than can be sampled. objects_without: share of objects
-    that no positive anchor is matched with.
+    above_sample: share of images with more than can be sampled; NaN if all are read.
+    objects_without: share of objects that no positive anchor is matched with.
     """
 
     images: int
@@ -214,10 +214,11 @@ def _positives(
     found = count_positives(objects, grid, num_images=POSITIVES_IMAGES, **rule)
     counts = found.per_image.numpy()[per_image[found.images.numpy()] > 0]
     most = int(method.num_samples * method.fg_fraction)
+    sampled = method.sampling == "random" and len(counts) > 0
     return PositivesSummary(
         images=len(counts),
         per_image=spread(counts),
-        above_sample=float(np.mean(counts > most)) if len(counts) else float("nan"),
+        above_sample=float(np.mean(counts > most)) if sampled else float("nan"),
         objects_without=(found.per_object == 0).double().mean().item(),
     )
 

@@ -229,10 +229,11 @@ def _reading(method: MethodConfig) -> str:
             "positive."
         )
     if not method.learn_background:
-        some = f", at most {method.num_samples} random ones" * (method.sampling == "random")
+        most = int(method.num_samples * method.fg_fraction)
+        some = f", at most {most} random ones" * (method.sampling == "random")
         return f"The loss of an image reads positive anchors alone{some}."
     focal = " and counts those little that are right already" * ("focal" in method.objectness_loss)
     return (
-        "Background is everywhere, and could drown the rest. The loss reads every anchor all the "
-        f"same{focal}."
+        "Background is everywhere, and could drown the rest. The loss reads every anchor that is "
+        f"not ignored all the same{focal}."
     )

@@ -141,7 +141,9 @@ def window_plate(walk: Walk, fields: list[ReceptiveField] | None) -> Plate:
 
 def _sees(walk: Walk, fields: list[ReceptiveField] | None, seen: Tensor | None) -> str:
     """What the answer of a cell depends on, in words."""
-    text = " The window is that of the first stage." * (walk.cfg.method.head == "cascade")
+    text = " The window, and all that it sees, is that of the first stage." * (
+        walk.cfg.method.head == "cascade"
+    )
     if seen is not None:
         text += (
             " All pixels that the answer depends on are its receptive field, in theory; most of "
@@ -221,8 +223,8 @@ def anchors_plate(walk: Walk) -> Plate:
         f"roots of their areas are {sizes} px{', level by level' * (len(grid.sizes) > 1)}, and "
         f"their height / width is {ratios}. The network makes no boxes out of nothing: of each "
         "anchor it says whether it is an object, and how to move and stretch it."
-        + " Here it does that twice: a first stage moves them, a second begins from there. Drawn "
-        "is where they are before both." * (walk.cfg.method.head == "cascade"),
+        + " Here a first stage moves them alone, and a second begins from there. Drawn is where "
+        "they are before both." * (walk.cfg.method.head == "cascade"),
         figure,
         (cell_anchors, grid_anchors),
     )

@@ -92,15 +92,17 @@ def _reach(report: Report) -> Section:
     positives, shares = report.positives, report.reach
     per_image = positives.per_image
     lines = [
-        f"shares of objects with such an anchor; below IoU {report.fg_iou:g} their best one alone",
-        "trains (forced), or none (untrained)",
+        f"shares of objects with such an anchor; below IoU {report.fg_iou:g} their best one alone"
     ]
-    if positives.images:
+    lines.append("trains (forced), or none (untrained)" + ", if IoU decides" * (not report.by_iou))
+    if positives.images and report.by_iou:
+        sampled = f"{percent(positives.above_sample)} have more than are sampled; "
         lines += [
             f"positive anchors per image: {per_image.p5:.0f} to {per_image.p95:.0f} (5 to 95 %), "
             f"median {per_image.median:.0f};",
-            f"of {count(positives.images, 'image')} {percent(positives.above_sample)} have more "
-            f"than are sampled; {percent(positives.objects_without)} of the objects have none",
+            f"of {count(positives.images, 'image')} "
+            + sampled * (not math.isnan(positives.above_sample))
+            + f"{percent(positives.objects_without)} of the objects have none",
         ]
     total = shares["area"]["all"].num_objects
     rows = [["", "objects", "share", *_reach_columns(report)]]

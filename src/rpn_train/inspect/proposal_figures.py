@@ -82,7 +82,7 @@ def nms_plate(walk: Walk) -> Plate:
         "nms",
         "Non-maximum suppression",
         f"Neighbouring anchors find the same object. So of each level the {top.pre_nms:,} boxes "
-        "of the highest objectness are taken from the best down, and every box that overlaps a "
+        "that rank highest are taken from the best down, and every box that overlaps a "
         f"better one by an IoU above {cfg.nms_iou:g} goes: {len(kept.logits):,} of "
         f"{len(candidates.logits):,} stay here. The best {top.post_nms:,} of all levels together, "
         "at most, are the proposals.",
