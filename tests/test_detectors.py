@@ -124,6 +124,14 @@ def test_strides_of_a_detector_become_exact() -> None:
     assert_same_boxes(ours.propose([picture.to(torch.uint8)])[0].boxes, expected[0])
 
 
+def test_a_head_that_torchvision_does_not_have_is_refused() -> None:
+    towers = {"head": "towers", "sampling": "all", "num_convs": 1, "channels": 16}
+    cfg = from_mapping(TrainConfig, {"workers": 0, "method": towers})
+    ours = Proposer(build_model(cfg), cfg, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="expected the head of faster_rcnn or oln, .* TowerHead$"):
+        ours.load_into(fpn_detector(FrozenBatchNorm2d))
+
+
 def test_a_detector_with_other_anchors_is_refused() -> None:
     cfg = from_mapping(TrainConfig, {"workers": 0})
     ours = Proposer(build_model(cfg), cfg, torch.device("cpu"))

@@ -306,3 +306,22 @@ def test_headers_tell_what_training_could_not_read(tmp_path: Path) -> None:
     assert file_faults(index, [], data) == {}
     larger = file_faults(index, range(len(index)), DataConfig(max_pixels=64 * 96 - 1))
     assert larger["of too many pixels"] == Fault(4, "good.jpg")
+
+
+@pytest.mark.parametrize(
+    ("method", "note"),
+    [("cascade", "no first stage has moved"), ("atss", "atss chooses otherwise"), ("retina", "")],
+)
+def test_shares_are_of_methods_that_assign_these_anchors_by_iou(
+    run: Run, method: str, note: str, tmp_path: Path
+) -> None:
+    code, out, fault = run(
+        *["dataset=shapes", "dataset.shapes.train_images=20", "anchors.sizes=[[16]]"],
+        *["anchors.ratios=[1]", f"method={method}", f"output_dir={tmp_path}"],
+    )
+    assert (code, fault) == (0, "")
+    assert note in out
+    by_iou = method == "retina"
+    assert ("train only through their best one" in out) == by_iou
+    assert ("positive anchors per image" in out) == by_iou
+    assert "than are sampled" not in out
