@@ -9,7 +9,8 @@
 `cost` counts parameters, anchors and multiplications of one image, and times its proposals, the
 methods in turns. Each works on its own canvas: the image padded to multiples of its largest stride.
 A step of training is one image's share, with the stem and the first stage frozen. The loss of
-`faster_rcnn` reads sampled anchors: `benchmark_model.py` says how a GPU and a CPU compute them.
+`faster_rcnn` and `oln` reads sampled anchors, which count as if drawn evenly (those of `oln` lie
+closer together): `benchmark_model.py` says how a GPU and a CPU compute them.
 
 `train` runs `rpn-train` for each method and seed with the same overrides. The body's weights, the
 images and their order follow from the seed, so they are the same for all methods. What is finished
@@ -130,7 +131,7 @@ def count(bench: Bench) -> dict[str, Any]:
     whole = gmac(lambda: model(images))
     if method.sampling == "all" or method.head == "cascade":
         on_gpu = on_cpu = count_gflop(partial(model, images)) / 2
-    else:  # nearly all samples are background, which is drawn evenly
+    else:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(anchors, (1, method.num_samples), generator=generator)
         real = copy.deepcopy(bench.state.model).cpu()
