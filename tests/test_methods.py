@@ -377,27 +377,32 @@ def test_the_second_stage_does_not_move_the_anchors() -> None:
     assert_close(proposals.boxes[:1], expected)
 
 
-def test_oln_learns_nothing_of_background_and_aims_at_centerness() -> None:
-    cfg = preset("oln")
+@pytest.mark.parametrize("background", [False, True])
+def test_the_losses_of_oln_written_out(background: bool) -> None:
+    """Objectness aims at centerness, and at 0 if background is learned; 256 anchors per image."""
+    cfg = preset("oln", f"method.learn_background={background}".lower())
     model, batch = build_model(cfg), draw_batch(3, empty=1)
     outputs = model(normalize_images(batch.images, batch.sizes))
     losses, picks = batch_losses(model, model.grid, batch, cfg, 0.0)
     anchors = grid_anchors(model.grid, batch.canvas, ONE.device)
-    assert torch.equal(picks.positive, picks.valid)
+    slots = torch.full((3,), 256) if background else picks.positive.sum(1)
+    assert torch.equal(picks.valid.sum(1), slots)
     assert not picks.positive[0].any()
     total = boxes = 0.0
-    for i, slot in picks.positive.nonzero().tolist():
+    for i, slot in picks.valid.nonzero().tolist():
         row = picks.at[i, slot]
-        iou = box_iou(anchors[row][None], batch.gt_boxes[i])[0]
+        iou = box_iou(anchors[row][None], batch.gt_boxes[i][batch.gt_valid[i]])[0]
+        said = outputs.logits[i, row].sigmoid()
+        if not picks.positive[i, slot]:
+            assert (iou < 0.1).all()
+            total += said
+            continue
         assert iou.max() >= 0.3
         gt = batch.gt_boxes[i, iou.argmax()]
-        target = centerness_targets(anchors[row], gt)
-        total += (outputs.logits[i, row].sigmoid() - target).abs()
+        total += (said - centerness_targets(anchors[row], gt)).abs()
         boxes += generalized_box_iou_loss(decode(outputs.deltas[i, row], anchors[row]), gt)
-    reached = (
-        box_iou(anchors, batch.gt_boxes.flatten(0, 1)).view(len(anchors), 3, -1).amax(2) >= 0.3
-    )
-    assert picks.positive.sum(1).tolist() == [0, *reached.sum(0)[1:].clamp(max=256).tolist()]
+    reached = box_iou(anchors, batch.gt_boxes.flatten(0, 1)).view(len(anchors), 3, -1).amax(2)
+    assert picks.positive.sum(1).tolist() == [0, *(reached >= 0.3).sum(0)[1:].tolist()]
     assert picks.positive.sum() > 20
     assert losses.divisor is None
     assert_close(losses.objectness, total / (256 * 4), rtol=1e-4, atol=1e-6)
