@@ -360,7 +360,7 @@ def test_targets_of_methods_that_read_every_anchor(method: str) -> None:
 
 
 def test_background_that_is_not_learned_is_not_read() -> None:
-    cfg = compose_run([*TYPED, "method=oln"])
+    cfg = compose_run([*TYPED, "method=oln", "method.learn_background=false"])
     index, read = open_split(cfg, "val", "score")
     seen = walk(build_model(cfg).eval(), index, read, 4, cfg, truth=True)
     assert seen.truth is not None
