@@ -87,11 +87,10 @@ class Walk:
 
     name: of the image. stored: uint8 [3, H, W]; image: the same resized, without padding; canvas:
     (height, width) with it. placed, anchors, boxes: float32 [R, 4], the anchors of the grid, the
-    same as a first stage moves them, and after regression; objectness, logits: float32 [R], of that
-    branch, and what ranks, which are the same if no other branch has a say. shapes:
-    of what "body", "backbone" and the branches "logits" and "deltas" put out, and of what goes into
-    the first ("hidden"). kernel: side of the convolutions of the branches. truth: None where it is
-    not known.
+    same as a first stage moves them, and after regression. objectness, logits: float32 [R], of that
+    branch, and what ranks: the same where no other branch has a say. shapes: of what "body",
+    "backbone" and the branches "logits" and "deltas" put out, and of what goes into the first
+    ("hidden"). kernel: side of the convolutions of the branches. truth: None where it is not known.
     """
 
     name: str
