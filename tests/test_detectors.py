@@ -256,7 +256,9 @@ def test_fine_tuning_starts_from_a_detector_or_a_run(
     assert "is not at" in capsys.readouterr().err
     wrong = [f"init_from={tmp_path}/a", f"output_dir={tmp_path}/d"]
     assert guarded(_train, [*tiny, *wrong]) == 2
-    assert "expected 'backbone.body.layer1.0.conv1.weight' of shape" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "expected 'backbone.body.layer1.0.conv1.weight' of shape" in err
+    assert "; changed: backbone.name: resnet50_fpn -> resnet18_fpn" in err
 
 
 def raise_os_error(*args: object, **kwargs: object) -> None:

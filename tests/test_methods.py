@@ -35,7 +35,7 @@ from rpn_train.heads import (
     offsets_of,
 )
 from rpn_train.method_config import MethodConfig
-from rpn_train.method_targets import dense_targets
+from rpn_train.method_targets import dense_targets, method_at
 from rpn_train.model import normalize_images
 from rpn_train.objective import batch_losses
 from rpn_train.options import from_mapping
@@ -210,7 +210,7 @@ def test_a_step_is_the_gradient_of_the_sums_over_the_count(method: str) -> None:
     state, batch = build_state(cfg, ONE.device), draw_batch()
     model, grid = state.model, state.model.grid
     outputs = model(normalize_images(batch.images, batch.sizes))
-    targets = dense_targets(grid, batch, outputs, cfg.method, 0.5)
+    targets = dense_targets(grid, batch, outputs, cfg.method)
     assert (targets.labels == POSITIVE).sum() > 4
     method_cfg = cfg.method
     sums = dense_losses(
@@ -246,8 +246,14 @@ def test_task_aligned_begins_as_atss() -> None:
     model, batch = build_model(cfg), draw_batch()
     with torch.no_grad():
         outputs = model(normalize_images(batch.images, batch.sizes))
-    early, late = (dense_targets(model.grid, batch, outputs, cfg.method, p) for p in (0.3, 0.4))
-    atss = dense_targets(model.grid, batch, outputs, replace(cfg.method, assignment="atss"), 0.9)
+    early, late, atss = (
+        dense_targets(model.grid, batch, outputs, method)
+        for method in (
+            method_at(cfg.method, 0.3),
+            method_at(cfg.method, 0.4),
+            replace(cfg.method, assignment="atss"),
+        )
+    )
     assert torch.equal(early.labels, atss.labels)
     assert not torch.equal(late.labels, atss.labels)
     assert early.quality is None

@@ -33,7 +33,7 @@ def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(None, total=10, first=1)
     log.line("no")
     log.metrics(1, {"train/loss": 1.0})
-    log.progress(1, 10, "no", 1.0)
+    log.progress(1, "no", 1.0)
     log.advance()
     log.close()
     assert capsys.readouterr() == ("", "")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from rpn_train.build import assignment_rule, build_eval_batches, build_model
 from rpn_train.cli import compose_run
 from rpn_train.cli_inspect import _inspect
 from rpn_train.config import TrainConfig
+from rpn_train.curves import figure_to_image
 from rpn_train.data.batch import make_batch
 from rpn_train.data.files import index_images
 from rpn_train.data.index import Index
@@ -345,7 +346,7 @@ def test_targets_of_methods_that_read_every_anchor(method: str) -> None:
     batch = make_batch(index, read, [item], seen.canvas)
     with torch.no_grad():
         outputs = model(normalize_images(batch.images, batch.sizes))
-    expected = dense_targets(model.grid, batch, outputs, cfg.method, progress=1.0).labels[0]
+    expected = dense_targets(model.grid, batch, outputs, cfg.method).labels[0]
     assert (expected == POSITIVE).any()
     assert torch.equal(targets.labels, expected)
     assert torch.equal(targets.read, (expected != IGNORED).nonzero()[:, 0])
@@ -408,7 +409,7 @@ def test_the_walk_is_logged_of_the_first_image(cfg: TrainConfig) -> None:
             logged.append((tag, step, image))
 
     for _ in range(2):
-        log_walk(cast(RunLog, Log()), state, batches, cfg)
+        log_walk(cast(RunLog, Log()), state, batches, cfg, 1.0)
     name = index.file_name(0)
     assert [tag for tag, *_ in logged] == [f"objectness/{name}", f"read/{name}"] * 2
     assert torch.equal(logged[0][2], logged[2][2])
@@ -417,6 +418,22 @@ def test_the_walk_is_logged_of_the_first_image(cfg: TrainConfig) -> None:
     assert logged[0][2].shape[2] == 1000
     assert state.model.training
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_targets_logged_are_those_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose_run([*TYPED, "method=task_aligned"])
+    index, read = open_split(cfg, "val", "score")
+    state = build_state(cfg, torch.device("cpu"))
+    batches = build_eval_batches(cfg, index, read, 128, Ranks(0, 1, torch.device("cpu")))
+    logged: list[torch.Tensor] = []
+    log = cast(RunLog, SimpleNamespace(image=lambda tag, step, image: logged.append(image)))
+    as_atss = replace(cfg.method, assignment="atss", objectness_target="label")
+    for progress, as_method in ((0.3, as_atss), (0.4, cfg.method)):
+        log_walk(log, state, batches, cfg, progress)
+        then = replace(cfg, method=as_method)
+        seen = walk(state.model, index, read, 0, then, truth=True, seed=cfg.seed)
+        assert torch.equal(logged[-1], figure_to_image(learning_figures.read_plate(seen).figure))
+    assert not torch.equal(logged[1], logged[3])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What every anchor of a batch is to learn, by the assignment of the method."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -52,14 +54,14 @@ def sampled_targets(
 
 @torch.no_grad()
 def dense_targets(
-    grid: AnchorGrid, batch: Batch, outputs: Outputs, method: MethodConfig, progress: float
+    grid: AnchorGrid, batch: Batch, outputs: Outputs, method: MethodConfig
 ) -> DenseTargets:
-    """What every anchor learns, by the assignment of the method."""
+    """What every anchor learns, by the assignment of the method (as it is: see `method_at`)."""
     anchors = grid_anchors(grid, batch.canvas, batch.images.device)
-    targets = _assign_all(grid, anchors, batch, outputs, method, progress)
+    targets = _assign_all(grid, anchors, batch, outputs, method)
     labels, matches, quality = targets
     labels = _learned(labels, method)
-    if method.objectness_target == "label" or before_alignment(method, progress):
+    if method.objectness_target == "label":
         quality = None
     elif quality is None:
         gt = take_boxes(batch.gt_boxes, matches)
@@ -67,12 +69,15 @@ def dense_targets(
     return DenseTargets(labels, matches, quality)
 
 
-def before_alignment(method: MethodConfig, progress: float) -> bool:
-    """Whether a method that assigns by its own predictions is ATSS yet, in targets and losses.
+def method_at(method: MethodConfig, progress: float) -> MethodConfig:
+    """The method as it is when a share of the run, 0..1, is done.
 
-    As in the authors' code (Feng et al. 2021): what the network says is worth nothing at first.
+    One that assigns by its own predictions begins as ATSS, as in the authors' code (Feng et al.
+    2021): what the network says is worth nothing at first.
     """
-    return method.assignment == "task_aligned" and progress < method.aligned_from
+    if method.assignment != "task_aligned" or progress >= method.aligned_from:
+        return method
+    return replace(method, assignment="atss", objectness_loss="focal", objectness_target="label")
 
 
 def quality_targets(
@@ -116,13 +121,12 @@ def _assign_all(
     batch: Batch,
     outputs: Outputs,
     method: MethodConfig,
-    progress: float,
 ) -> DenseTargets:
     if method.assignment == "max_iou":
         return DenseTargets(*_assign(grid, batch, method), None)
     if method.assignment == "center_region":
         return DenseTargets(*center_region_targets(grid, anchors, batch, method), None)
-    if method.assignment == "task_aligned" and not before_alignment(method, progress):
+    if method.assignment == "task_aligned":
         return task_aligned_assign(
             outputs.logits.sigmoid(),
             decode(outputs.deltas, anchors),

@@ -13,9 +13,9 @@ from rpn_train.dense_losses import dense_losses
 from rpn_train.heads import Outputs
 from rpn_train.losses import Losses, rpn_losses
 from rpn_train.method_targets import (
-    before_alignment,
     center_region_targets,
     dense_targets,
+    method_at,
     quality_targets,
     sampled_targets,
 )
@@ -140,9 +140,9 @@ def _losses_of_all(
     progress: float,
 ) -> tuple[BatchLosses, Picks]:
     """Every anchor is read; which are positive may follow from what the network says of them."""
-    method, early = cfg.method, before_alignment(cfg.method, progress)
+    method = method_at(cfg.method, progress)
     outputs = _ask(network, batch, cfg, None)
-    targets = dense_targets(grid, batch, outputs, method, progress)
+    targets = dense_targets(grid, batch, outputs, method)
     sums = dense_losses(
         outputs.logits,
         outputs.deltas,
@@ -150,8 +150,9 @@ def _losses_of_all(
         anchors,
         batch.gt_boxes,
         *targets,
-        objectness_kind="focal" if early else method.objectness_loss,
-        by_centerness=early or method.centerness,
+        objectness_kind=method.objectness_loss,
+        # one that is ATSS for a while weights as ATSS does, though it has no branch to predict it
+        by_centerness=method.centerness or method is not cfg.method,
         box_kind=method.box_loss,
         beta=method.smooth_l1_beta,
         box_weight=method.box_weight,

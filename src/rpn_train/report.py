@@ -5,6 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rpn_train.evaluate import ImageProposals, as_arrays, evaluate, score
 from rpn_train.figures import DRAWN_PROPOSALS, draw_anchors, draw_detections
 from rpn_train.inspect.learning_figures import objectness_plate, read_plate
 from rpn_train.inspect.walk import walk
+from rpn_train.method_targets import method_at
 from rpn_train.options import differences, to_mapping
 from rpn_train.recall import Recall
 from rpn_train.recall_report import recall_curves, recall_table
@@ -43,7 +45,6 @@ def describe_run(
     index: Index,
     val_index: Index,
     caches: Sequence[ImageCache],
-    total: int,
     ranks: Ranks,
 ) -> None:
     """A few lines on what is about to be trained, on what, and for how long."""
@@ -68,7 +69,7 @@ def describe_run(
         where = f" in the first of {ranks.world} processes" if ranks.world > 1 else ""
         log.line(f"cached    {kept} of {rows} images, {size:.2g} GB{where}")
     log.line(
-        f"schedule  {total} steps of {schedule.batch_size} images, {schedule.optimizer}, rate "
+        f"schedule  {log.total} steps of {schedule.batch_size} images, {schedule.optimizer}, rate "
         f"{schedule.lr:g} x {schedule.batch_size} / {schedule.reference_batch} = {rate:g}"
     )
     log.line(f"device    {device_name(ranks.device)} x {ranks.world}, {cfg.precision}")
@@ -84,7 +85,6 @@ def log_step(
     log: RunLog,
     state: RunState,
     lr: float,
-    total: int,
     batch_size: int,
     clock: Clock,
     device: torch.device,
@@ -106,10 +106,10 @@ def log_step(
         "train/memory_mb": memory_mb(device),
     }
     log.timing(state.step, timing)
-    left = (total - state.step) * batch_size / speed
+    left = (log.total - state.step) * batch_size / speed
     said = f"  {len(rows) - len(done)} steps skipped" if skipped else ""
     shown = f"loss {loss:.4f}  rate {lr:.2g}  {speed:.1f} images/s{said}"
-    log.progress(state.step, total, shown, left)
+    log.progress(state.step, shown, left)
 
 
 def log_training_batch(
@@ -153,7 +153,7 @@ def log_evaluation(
     log.metrics(state.step, {f"val/{k}": v for k, v in figures.items() if not k.startswith("num_")})
     log_pictures(log, recall, found, batches, cfg, state.step)
     if cfg.eval.pictures and not found[0].fault:
-        log_walk(log, state, batches, cfg)
+        log_walk(log, state, batches, cfg, state.step / log.total)
     write_json(folder / "recall.json", {"step": state.step, **figures})
     shown = "  ".join(f"AR@{n} {figures[f'ar_{n}']:.4f}" for n in cfg.eval.max_proposals)
     log.line(f"step {state.step}: {shown}  ({time.perf_counter() - started:.1f} s)")
@@ -192,11 +192,17 @@ def log_pictures(
         log.image(f"proposals/{index.file_name(row)}", step, picture)
 
 
-def log_walk(log: RunLog, state: RunState, batches: EvalBatches, cfg: TrainConfig) -> None:
+def log_walk(
+    log: RunLog, state: RunState, batches: EvalBatches, cfg: TrainConfig, progress: float
+) -> None:
     """Of the first image: objectness on every level, and at the anchors that the loss would read.
 
-    Always the same ones, so that they can be watched over time.
+    Where they follow from the boxes alone always the same ones, to be watched over time.
+
+    Args:
+        progress: share of the run that is done, 0..1.
     """
+    cfg = replace(cfg, method=method_at(cfg.method, progress))
     seen = walk(state.judged, batches.index, batches.read, 0, cfg, truth=True, seed=cfg.seed)
     for plate in (objectness_plate(seen), read_plate(seen)):
         picture = figure_to_image(plate.figure)
@@ -204,12 +210,12 @@ def log_walk(log: RunLog, state: RunState, batches: EvalBatches, cfg: TrainConfi
 
 
 def finish_run(
-    log: RunLog, state: RunState, cfg: TrainConfig, folder: Path, total: int, signal: int | None
+    log: RunLog, state: RunState, cfg: TrainConfig, folder: Path, signal: int | None
 ) -> None:
     """Last lines: what came out, or how to go on."""
-    if state.step < total and signal is not None:
+    if state.step < log.total and signal is not None:
         log.line(
-            f"stopped by signal {signal} after step {state.step} of {total}; go on with: "
+            f"stopped by signal {signal} after step {state.step} of {log.total}; go on with: "
             f"rpn-train output_dir={folder} resume=auto"
         )
     elif log.enabled:

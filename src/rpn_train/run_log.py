@@ -24,10 +24,14 @@ Scalars = Mapping[str, float]
 
 
 class RunLog:
-    """The log of one run folder; without a folder (processes other than the first) it is silent."""
+    """The log of one run folder; without a folder (processes other than the first) it is silent.
+
+    total: steps of the run.
+    """
 
     def __init__(self, folder: Path | None, *, total: int, first: int) -> None:
         """Open for steps first..total; what TensorBoard has from step `first` on is discarded."""
+        self.total = total
         self._folder = folder
         self._files: dict[str, IO[str]] = {}
         self._writer = self._bar = None
@@ -53,13 +57,13 @@ class RunLog:
         if self._bar is not None:
             self._bar.update()
 
-    def progress(self, step: int, total: int, text: str, seconds_left: float) -> None:
+    def progress(self, step: int, text: str, seconds_left: float) -> None:
         """The state of the run: beside the bar, or as a line where there is no terminal."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         else:
             left = tqdm.format_interval(seconds_left)
-            self.line(f"step {step}/{total}  {text}  left {left}")
+            self.line(f"step {step}/{self.total}  {text}  left {left}")
 
     def metrics(self, step: int, values: Scalars) -> None:
         """What follows from (seed, step), to `metrics.jsonl` and TensorBoard."""

@@ -149,10 +149,14 @@ def start_from(state: RunState, cfg: TrainConfig, where: str) -> dict[str, str]:
     """
     source = find_pretrained(where)
     weights = norms_fit(state.model, source.weights)
-    checkpoint.load_weights(state.model, weights, f"init_from {where}")
+    changed = differences(source.config, to_mapping(cfg))
+    try:
+        checkpoint.load_weights(state.model, weights, f"init_from {where}")
+    except CheckpointError as error:
+        network = [f"{key}: {change}" for key, change in changed.items() if key.startswith(_FIXED)]
+        raise CheckpointError(f"{error}; changed: {'; '.join(network)}") from error
     if state.ema is not None:
         checkpoint.load_weights(state.ema.module, weights, f"init_from {where}")
-    changed = differences(source.config, to_mapping(cfg))
     return {key: change for key, change in changed.items() if key.startswith(_ARCHITECTURE)}
 
 

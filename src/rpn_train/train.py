@@ -54,7 +54,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
     batches = build_train_batches(cfg, index, read, planner, ranks)
     caches = add_caches(cfg, batches, eval_batches, folder, ranks)
-    describe_run(log, cfg, state, changed, index, val_index, caches, total, ranks)
+    describe_run(log, cfg, state, changed, index, val_index, caches, ranks)
     limit, resumed = cfg.data.max_bad_fraction, state.step > 0
     report = DataReport(log, main_folder, index, val_index, limit, resumed=resumed)
     network = prepare_network(state.model, cfg, ranks)
@@ -81,7 +81,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
                 for unread in ranks.gather(clock.take_unread()) or []:
                     report.note("training", unread)
             if due(step, cfg.log_every, total):
-                log_step(log, state, lr, total, cfg.schedule.batch_size, clock, ranks.device)
+                log_step(log, state, lr, cfg.schedule.batch_size, clock, ranks.device)
                 clock = Clock()
             if saves:
                 save(state, cfg, folder, ranks)
@@ -92,7 +92,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
                 clock = Clock()
             if stopping:
                 break
-        finish_run(log, state, cfg, folder, total, stop.signal)
+        finish_run(log, state, cfg, folder, stop.signal)
     return stop.signal if state.step < total else None
 
 

@@ -54,7 +54,7 @@ class Level(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What training makes of the anchors, as at its end: labels int8 [R].
+    """What training by the method makes of the anchors: labels int8 [R].
 
     read: int64 [n], those that the loss reads.
     """
@@ -274,7 +274,7 @@ def _truth(grid: AnchorGrid, batch: Batch, cfg: TrainConfig, outputs: Outputs) -
 
 def _targets(grid: AnchorGrid, batch: Batch, method: MethodConfig, outputs: Outputs) -> Targets:
     if method.sampling == "all":
-        labels = dense_targets(grid, batch, outputs, method, progress=1.0).labels[0].cpu()
+        labels = dense_targets(grid, batch, outputs, method).labels[0].cpu()
         return Targets(labels, (labels != IGNORED).nonzero()[:, 0])
     assignment, picks = sampled_targets(grid, batch, method, outputs.anchors)
     return Targets(assignment.labels[0].cpu(), picks.at[0, picks.valid[0]].cpu())
