@@ -407,7 +407,7 @@ def test_several_processes_are_started_with_what_was_typed(
 def test_a_group_from_a_file(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("sizes: [[10], [20.5], [40], [80], [160]]\nratios: [0.5, 2]\n")
-    typed = [f"anchors={file}", "anchors.ratios=[1]"]  # what is typed after it wins
+    typed = ["anchors.ratios=[1]", f"anchors={file}"]  # what is typed by itself wins
     code, page, _ = run(cli._train, *typed, "--config")
     assert code == 0
     anchors = yaml.safe_load(page)["anchors"]
@@ -415,10 +415,47 @@ def test_a_group_from_a_file(run: Run, tmp_path: Path) -> None:
     assert anchors["ratios"] == [1.0]
     file.write_text("size: 3\n")
     code, _, fault = run(cli._train, *typed, "--config")
-    assert (code, fault) == (2, "error: anchors.size: unknown key; did you mean 'anchors.sizes'?\n")
+    expected = f"error: {file}: anchors.size: unknown key; did you mean 'anchors.sizes'?\n"
+    assert (code, fault) == (2, expected)
     assert run(cli._train, f"anchors={tmp_path}/no.yaml")[2].startswith(
         f"error: anchors: expected a choice or a YAML file, got {tmp_path}/no.yaml: "
     )
+
+
+def test_a_method_and_an_experiment_from_files(run: Run, tmp_path: Path) -> None:
+    """Files of one's own are choices like those of the package: the same order of who wins."""
+    method, experiment = tmp_path / "it's mine.yaml", tmp_path / "my=run.yml"
+    method.write_text(
+        "# @package _global_\nanchors: {sizes: [[10]], ratios: [1]}\nmethod: {fg_iou: 0.6}\n"
+    )
+    experiment.write_text(
+        "# @package _global_\ndefaults:\n  - override /method: atss\n"
+        "method: {box_loss: ciou}\nschedule: {steps: 7}\n"
+    )
+
+    def composed(*typed: str) -> Any:
+        code, page, _ = run(cli._train, *typed, "--config")
+        assert code == 0
+        return yaml.safe_load(page)
+
+    of_method = composed(f"method={method}")
+    assert of_method["anchors"]["sizes"] == [[10.0]]
+    assert of_method["method"] == composed("method.fg_iou=0.6")["method"]
+    half = composed("anchors=fpn_half")["anchors"]
+    assert composed("anchors=fpn_half", f"method={method}")["anchors"] == half
+    both = composed(f"experiment={experiment}")
+    atss = composed("method=atss", "method.box_loss=ciou")
+    assert (both["method"], both["anchors"]) == (atss["method"], atss["anchors"])
+    assert both["schedule"]["steps"] == 7
+    typed = composed(f"experiment={experiment}", f"method={method}")["method"]
+    assert typed == of_method["method"]
+    for content, expected in (
+        ("method: {box_los: ciou}", "method.box_los: unknown key; did you mean 'method.box_loss'?"),
+        ("method: 3", "method: expected a group of keys"),
+    ):
+        experiment.write_text(f"# A run.\n# @package _global_\n{content}\n")
+        fault = run(cli._train, f"experiment={experiment}")[2]
+        assert fault == f"error: {experiment}: {expected}\n"
 
 
 # Sweeps

@@ -1,9 +1,12 @@
 """Methods as a whole: what a preset says, what its network computes, what a step divides by."""
 
 import copy
+import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import box_iou, deform_conv2d, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from rpn_train import objectness_losses
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.boxes import clip, decode
 from rpn_train.build import build_model
@@ -38,7 +42,7 @@ from rpn_train.method_config import MethodConfig
 from rpn_train.method_targets import dense_targets, method_at
 from rpn_train.model import normalize_images
 from rpn_train.objective import batch_losses
-from rpn_train.options import from_mapping
+from rpn_train.options import differences, from_mapping, to_mapping
 from rpn_train.run_state import build_state
 from rpn_train.step import Clock, training_step
 from rpn_train.targets import POSITIVE
@@ -266,6 +270,32 @@ def test_task_aligned_begins_as_atss() -> None:
     )
     assert_close((first.objectness, first.divisor), (plain_losses.objectness, plain_losses.divisor))
     assert_close(first.box, weighted.box / 0.635)
+
+
+def test_the_examples_of_the_page_do_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    blocks = re.findall(r"```(yaml|python)\n(.*?)```", page.partition("## Add your own")[2], re.S)
+    assert [kind for kind, _ in blocks] == ["yaml", "python"]
+    (tmp_path / "gfl.yaml").write_text(blocks[0][1])
+    cfg, atss = preset(str(tmp_path / "gfl.yaml")), preset("atss")
+    changed = differences(to_mapping(atss), to_mapping(cfg))
+    keys = {f"method.{key}" for key in ("centerness", "objectness_loss", "objectness_target")}
+    assert {*changed} == keys
+    names = {"torch": torch, "Tensor": Tensor, "F": functional}
+    exec(blocks[1][1], names)
+    varifocal = cast(Callable[..., Tensor], names["varifocal_loss"])
+    logits, targets = torch.tensor([0.0, 0.0]), torch.tensor([0.5, 0.0])
+    # ln 2 x the target of a positive, or x 0.25 p^2
+    expected = math.log(2) * torch.tensor([0.5, 0.0625])
+    assert_close(varifocal(logits, targets, alpha=0.25, gamma=2.0), expected)
+    model, batch = build_model(cfg), draw_batch()
+    before, _ = batch_losses(model, model.grid, batch, cfg, 0.5)
+    monkeypatch.setitem(objectness_losses.OBJECTNESS_LOSSES, "quality_focal", varifocal)
+    after, _ = batch_losses(model, model.grid, batch, cfg, 0.5)
+    assert after.objectness != before.objectness
+    assert (after.box, after.divisor) == (before.box, before.divisor)
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -4,10 +4,9 @@ No Hydra or OmegaConf object goes further than this module.
 """
 
 import difflib
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -31,36 +30,15 @@ if not CONFIGS.is_dir():
 
 
 def readable(arguments: Sequence[str]) -> list[str]:
-    """What was typed, as Hydra's grammar reads it; for anchors=FILE.yaml the keys of the file."""
-    return [text for argument in arguments for text in _readable(argument)]
+    """What was typed, as Hydra's grammar reads it."""
+    return [_readable(argument) for argument in arguments]
 
 
-def _readable(argument: str) -> list[str]:
-    key, _, value = argument.partition("=")
-    if key in groups() and value.endswith((".yaml", ".yml")):
-        return _of_file(key, Path(value).expanduser())
-    return [_quoted_path(argument)]
-
-
-def _of_file(group: str, path: Path) -> list[str]:
-    """The keys of a file like those in `configs/`, as if they had been typed."""
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{group}: expected a choice or a YAML file, got {path}: {reason}"
-        ) from error
-    if not isinstance(keys, dict):
-        raise ConfigError(f"{group}: expected keys and values in {path}, got another file")
-    return [f"{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
-
-
-def _quoted_path(argument: str) -> str:
+def _readable(argument: str) -> str:
     """A path with ~ expanded, in quotes where Hydra's grammar asks for them: a=b, (1), ü."""
     key, _, value = argument.partition("=")
     texts = {name for name, hint, *_ in walk(TrainConfig) if hint in (str, str | None)}
-    if key not in texts:
+    if key not in texts and not (key in groups() and is_file(value)):
         return argument
     value = os.path.expanduser(value)
     try:
@@ -78,7 +56,7 @@ def own_arguments(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not (equals and key in hints):
-            typed += _readable(argument)
+            typed.append(_readable(argument))
         elif key in own:
             raise ConfigError(f"{key}: expected once, got it several times")
         else:
@@ -94,8 +72,7 @@ def quoted(text: str) -> str:
 
 def parse(typed: Sequence[str], *, sweep: bool = False) -> list[Override]:
     """The typed overrides; what is no KEY=VALUE of a known key or group is refused here."""
-    known = {name for name, *_ in walk(TrainConfig)}
-    sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
+    known, sections = _known()
     overrides = []
     for text in typed:
         try:
@@ -120,10 +97,15 @@ def parse(typed: Sequence[str], *, sweep: bool = False) -> list[Override]:
     return overrides
 
 
+def is_file(choice: Any) -> bool:
+    """Whether a choice of a group is a file of one's own, like those in `configs/`."""
+    return str(choice).endswith((".yaml", ".yml"))
+
+
 def _check_choice(key: str, choice: Any) -> None:
     """Refuse what is no choice of a group."""
     offered = groups().get(key)
-    if offered is None or choice in offered:
+    if offered is None or choice in offered or is_file(choice):
         return
     if key == "backbone":
         if str(choice).startswith("timm:"):
@@ -142,14 +124,8 @@ def groups() -> dict[str, list[str]]:
 
 def compose(typed: Sequence[str]) -> dict[str, Any]:
     """Plain nested data: defaults, then files, then what was typed."""
-    # networks of timm have no file of their own
-    typed = [
-        a.replace("backbone=timm:", "backbone.name=timm:", 1)
-        if a.startswith("backbone=timm:")
-        else a
-        for a in typed
-    ]
     ConfigStore.instance().store(name="schema", node=to_mapping(TrainConfig()))
+    typed = [_stored_choice(argument) for argument in typed]
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
             composed = _composed(typed)
@@ -161,6 +137,52 @@ def compose(typed: Sequence[str]) -> dict[str, Any]:
         return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _stored_choice(argument: str) -> str:
+    """A choice that is not among the files of `configs/`, as one that Hydra finds."""
+    group, _, choice = argument.partition("=")
+    if argument.startswith("backbone=timm:"):  # networks of timm have no file
+        return f"backbone.name={choice}"
+    if group not in groups() or not is_file(choice.strip("'")):
+        return argument
+    path = Path(cast(str, OverridesParser.create().parse_override(argument).value()))
+    try:
+        text = path.read_text(encoding="utf-8")
+        keys = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{group}: expected a choice or a YAML file, got {path}: {reason}"
+        ) from error
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{group}: expected keys and values in {path}, got another file")
+    package = "_global_" if "# @package _global_" in text.splitlines() else group
+    known, sections = _known()
+    for key in _keys_of(keys if package == "_global_" else {group: keys}):
+        if key in sections:
+            raise ConfigError(f"{path}: {key}: expected a group of keys")
+        if key not in {*known, "defaults"}:
+            raise ConfigError(f"{path}: {unknown_key(key, TrainConfig)}")
+    name = f"{group}_of_file"
+    ConfigStore.instance().store(name=name, node=keys, group=group, package=package)
+    return f"{group}={name}"
+
+
+def _keys_of(keys: dict[str, Any], section: str = "") -> Iterator[str]:
+    """The full keys of nested ones."""
+    for key, value in keys.items():
+        full = f"{section}{key}"
+        if isinstance(value, dict) and full in _known()[1]:
+            yield from _keys_of(value, f"{full}.")
+        else:
+            yield full
+
+
+def _known() -> tuple[set[str], set[str]]:
+    """All keys, and the sections that they are in."""
+    keys = {name for name, *_ in walk(TrainConfig)}
+    return keys, {name.rsplit(".", i)[0] for name in keys for i in range(1, name.count(".") + 1)}
 
 
 def _composed(typed: Sequence[str]) -> dict[str, Any]:
