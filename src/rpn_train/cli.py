@@ -145,7 +145,7 @@ def _sweep(typed: Sequence[str]) -> int:
 
 def _options() -> str:
     """All groups and keys with their choices, defaults and meaning, as a page."""
-    lines = ["Groups (files in configs/):"]
+    lines = ["Groups (files in configs/, or GROUP=FILE.yaml, one of your own like them):"]
     for group, choices in groups().items():
         lines.append(f"  {group}={', '.join(choices)}")
     lines.append("\nKeys (KEY=VALUE; lists as '[1,2]', no value as null):")
