@@ -4,7 +4,7 @@
     python scripts/benchmark_methods.py train dataset=coco dataset.root=DIR schedule=1x \\
         --seeds 0 1 2 --output runs/methods
     python scripts/benchmark_methods.py train dataset=shapes_hard --output runs/heads \\
-        --methods faster_rcnn atss "atss method.channels=128"
+        --methods faster_rcnn atss "narrow: atss method.channels=128"
 
 `cost` counts parameters, anchors and multiplications of one image, and times its proposals, the
 methods in turns. Each works on its own canvas: the image padded to multiples of its largest stride.
@@ -17,7 +17,8 @@ images and their order follow from the seed, so they are the same for all method
 is not trained again, and what was interrupted goes on: give the same command once more. After each
 run the folder has methods.md, methods.json and methods.png of all that are finished.
 
-What is typed behind the name of a method is for that one alone.
+What is typed behind the name of a method is for that one alone, and a word with a colon before it
+is what tables, figure and folders call it.
 """
 
 import argparse
@@ -68,6 +69,7 @@ from rpn_train.shell import guarded
 Table = Mapping[str, Sequence[str]]  # title of a row -> a cell for each method
 Summary = dict[str, dict[str, Any]]  # method -> what `summarize` makes of its runs
 
+METHOD_HELP = "a method, or 'LABEL: METHOD KEY=VALUE ...'"
 METHODS = ("faster_rcnn", "retina", "atss", "task_aligned", "cascade", "oln")
 DETAILED = (100, 1000)  # numbers of proposals at which the table has sizes and single IoUs
 TIMES = {"step, s": ("step_s", 3), "image, ms": ("image_ms", 1)}  # title -> key, digits
@@ -101,12 +103,27 @@ def with_range(middle: float, low: float, high: float, *, digits: int) -> str:
     return shown if low == high else f"{shown} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
-def build_bench(method: str, args: argparse.Namespace, ranks: Ranks, watch: Stopwatch) -> Bench:
-    """The network of a method with random weights, and one drawn image."""
+def read_methods(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Label -> what is typed for the method, of texts like METHOD_HELP says."""
+    methods: dict[str, list[str]] = {}
+    for text in texts:
+        label, colon, rest = text.partition(": ")
+        if not colon or "=" in label:  # a mapping among its options
+            label, rest = text, text
+        name, *only_its = rest.split()
+        if label in methods:
+            raise ConfigError(f"--methods: expected each once, got {label!r} again")
+        methods[label] = readable([f"method={name}", *only_its])
+    return methods
+
+
+def build_bench(
+    method: Sequence[str], args: argparse.Namespace, ranks: Ranks, watch: Stopwatch
+) -> Bench:
+    """The network of what is typed for a method with random weights, and one drawn image."""
     fixed = ("dataset=coco", "backbone.frozen_stages=2", "backbone.norm=frozen_bn")
-    name, *only_its = method.split()
-    typed = [f"method={name}", f"backbone={args.backbone}", f"precision={args.precision}"]
-    cfg = compose_run([*typed, *fixed, *readable(only_its)])
+    common = (f"backbone={args.backbone}", f"precision={args.precision}")
+    cfg = compose_run([*common, *fixed, *method])
     state = build_state(cfg, ranks.device)
     batch = draw_batch(tuple(args.size), 1, args.boxes, max(state.model.grid.strides))
     bench = Bench(cfg, ranks, watch, state, batch.to(ranks.device))
@@ -175,7 +192,7 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 def cost(argv: Sequence[str]) -> int:
     """The subcommand `cost`."""
     parser = argparse.ArgumentParser("benchmark_methods.py cost", description="Cost of an image.")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help=METHOD_HELP)
     parser.add_argument("--backbone", choices=RESNETS, default="resnet50_fpn")
     parser.add_argument("--size", type=int, nargs=2, default=[800, 1344], metavar=("H", "W"))
     parser.add_argument("--boxes", type=int, default=8, help="objects in the image")
@@ -187,7 +204,8 @@ def cost(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     with start(args.device) as ranks:
         watch = Stopwatch(ranks.device)
-        benches = {method: build_bench(method, args, ranks, watch) for method in args.methods}
+        methods = read_methods(args.methods)
+        benches = {label: build_bench(of, args, ranks, watch) for label, of in methods.items()}
         costs = {method: count(bench) for method, bench in benches.items()}
         timed = {method: our_proposals(bench) for method, bench in benches.items()}
         for method, rounds in in_turns(timed, watch, args.repeats).items():
@@ -203,7 +221,7 @@ def cost(argv: Sequence[str]) -> int:
 class Run(NamedTuple):
     """A run of `rpn-train`: its folder, and what is typed to begin it.
 
-    method: its name, and behind it what is typed for it alone.
+    method: what the tables call it.
     """
 
     method: str
@@ -215,19 +233,17 @@ class Run(NamedTuple):
 
 def plan(args: argparse.Namespace) -> list[Run]:
     """The runs, all checked before the first begins."""
-    given = readable(args.overrides)
-    of_methods = (text for method in args.methods for text in method.split()[1:])
+    given, methods = readable(args.overrides), read_methods(args.methods)
+    of_methods = (text for typed in methods.values() for text in typed[1:])
     for key in (text.partition("=")[0] for text in (*given, *of_methods)):
         if key in OWN:
             raise ConfigError(f"{key}: expected {OWN[key]} to set it, got it among KEY=VALUE")
     runs = []
     for seed in args.seeds:
-        for method in args.methods:
-            name, *only_its = method.split()
-            folder = args.output / f"{re.sub('[^A-Za-z0-9.]+', '_', method)}_{seed}"
-            own = [f"method={name}", f"seed={seed}", f"output_dir={quoted(str(folder))}"]
-            typed = [*given, *readable(only_its), *own]
-            runs.append(Run(method, seed, folder, typed, compose_run(typed)))
+        for label, method in methods.items():
+            folder = args.output / f"{re.sub('[^A-Za-z0-9.]+', '_', label)}_{seed}"
+            typed = [*given, *method, f"seed={seed}", f"output_dir={quoted(str(folder))}"]
+            runs.append(Run(label, seed, folder, typed, compose_run(typed)))
             check_stored(runs[-1])
     return runs
 
@@ -371,7 +387,7 @@ def train(argv: Sequence[str]) -> int:
     """The subcommand `train`; returns 1 if a run failed."""
     parser = argparse.ArgumentParser("benchmark_methods.py train", description="Methods x seeds.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of rpn-train")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help=METHOD_HELP)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, metavar="FOLDER", required=True)
     args = parser.parse_intermixed_args(argv)

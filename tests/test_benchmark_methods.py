@@ -78,16 +78,25 @@ def test_cost(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_what_is_typed_behind_a_method_is_for_it_alone(script: ModuleType, tmp_path: Path) -> None:
     args = argparse.Namespace(
         overrides=SETTINGS,
-        methods=["atss", "atss method.channels=8 method.num_convs=2"],
+        methods=[
+            "atss",
+            "atss method.channels=8 method.num_convs=2",
+            "thin one: atss method.channels=4",
+        ],
         seeds=[3],
         output=tmp_path,
     )
-    plain, narrow = script.plan(args)
+    plain, narrow, labelled = script.plan(args)
     assert plain.cfg.method.channels is None
     assert (narrow.cfg.method.channels, narrow.cfg.method.num_convs) == (8, 2)
     assert narrow.cfg.method.assignment == "atss"
     assert plain.folder.name == "atss_3"
     assert narrow.folder.name == "atss_method.channels_8_method.num_convs_2_3"
+    assert (labelled.method, labelled.folder.name) == ("thin one", "thin_one_3")
+    assert labelled.cfg.method.channels == 4
+    args.methods = ["atss", "atss: oln"]
+    with pytest.raises(ConfigError, match="--methods: expected each once, got 'atss' again"):
+        script.plan(args)
     args.methods = ["atss seed=4"]
     with pytest.raises(ConfigError, match="seed: expected --seeds"):
         script.plan(args)
