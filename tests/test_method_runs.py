@@ -1,6 +1,7 @@
 """Whole runs of every method: what the loop promises does not depend on how a network learns."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -91,6 +92,11 @@ def test_a_compiled_network_learns_the_same(
     monkeypatch.setattr(nn.Module, "compile", traced)
     torch._dynamo.reset()
     run(method, tmp_path / "compiled", "compile=true")
+    before, *_, after = (
+        json.loads(line)["train/compilations"]
+        for line in (tmp_path / "compiled" / "timing.jsonl").read_text().splitlines()
+    )
+    assert after == before >= 1  # nothing was compiled again after the first step
     plain, compiled = saved(tmp_path / "plain")["model"], saved(tmp_path / "compiled")["model"]
     assert plain.keys() == compiled.keys()
     for key, value in plain.items():

@@ -72,7 +72,8 @@ def describe_run(
         f"schedule  {log.total} steps of {schedule.batch_size} images, {schedule.optimizer}, rate "
         f"{schedule.lr:g} x {schedule.batch_size} / {schedule.reference_batch} = {rate:g}"
     )
-    log.line(f"device    {device_name(ranks.device)} x {ranks.world}, {cfg.precision}")
+    compiled = ", compiled (the first steps take long)" * cfg.compile
+    log.line(f"device    {device_name(ranks.device)} x {ranks.world}, {cfg.precision}{compiled}")
     if state.step:
         log.line(f"resuming  after step {state.step}")
     for key, change in changed.items():
@@ -84,8 +85,8 @@ def describe_run(
 def log_step(
     log: RunLog,
     state: RunState,
+    cfg: TrainConfig,
     lr: float,
-    batch_size: int,
     clock: Clock,
     device: torch.device,
 ) -> None:
@@ -99,17 +100,26 @@ def log_step(
     skipped = {"train/skipped": len(rows) - len(done)} if len(done) < len(rows) else {}
     log.metrics(state.step, {"train/loss": loss, **means, "train/lr": lr, **skipped})
     seconds = time.perf_counter() - clock.started
-    speed = clock.steps * batch_size / seconds
+    speed = clock.steps * cfg.schedule.batch_size / seconds
     timing = {
         "train/images_per_s": speed,
         "train/data_wait": clock.waited / seconds,
         "train/memory_mb": memory_mb(device),
     }
-    log.timing(state.step, timing)
-    left = (log.total - state.step) * batch_size / speed
+    log.timing(state.step, timing | compilations(cfg))
+    left = (log.total - state.step) * cfg.schedule.batch_size / speed
     said = f"  {len(rows) - len(done)} steps skipped" if skipped else ""
     shown = f"loss {loss:.4f}  rate {lr:.2g}  {speed:.1f} images/s{said}"
     log.progress(state.step, shown, left)
+
+
+def compilations(cfg: TrainConfig) -> dict[str, float]:
+    """How often the network has been compiled: again for what it was not compiled for."""
+    if not cfg.compile:
+        return {}
+    from torch._dynamo.utils import counters  # here, as its import takes a second
+
+    return {"train/compilations": counters["stats"]["unique_graphs"]}
 
 
 def log_training_batch(

@@ -81,7 +81,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
                 for unread in ranks.gather(clock.take_unread()) or []:
                     report.note("training", unread)
             if due(step, cfg.log_every, total):
-                log_step(log, state, lr, cfg.schedule.batch_size, clock, ranks.device)
+                log_step(log, state, cfg, lr, clock, ranks.device)
                 clock = Clock()
             if saves:
                 save(state, cfg, folder, ranks)
