@@ -151,10 +151,12 @@ def test_the_pyramid_is_that_of_torchvisions_retinanet() -> None:
 
 
 def test_the_towers_put_out_anchors_in_their_order() -> None:
-    head = TowerHead(8, 2, num_convs=2, channels=16, delta_stds=(0.1, 0.1, 0.2, 0.2), quality=True)
+    head = TowerHead(
+        8, 2, num_convs=2, channels=16, delta_stds=(0.1, 0.1, 0.2, 0.2), centerness=True
+    )
     feature = torch.rand(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
-    logits, deltas, quality, _ = head(feature)
-    assert (logits.shape, deltas.shape, quality.shape) == ((3, 40), (3, 40, 4), (3, 40))
+    logits, deltas, centerness, _ = head(feature)
+    assert (logits.shape, deltas.shape, centerness.shape) == ((3, 40), (3, 40, 4), (3, 40))
     assert_close(logits.sigmoid().mean(), torch.tensor(PRIOR), rtol=0.2, atol=0)
     maps = head.bbox_pred(head.bbox_tower(feature))  # [3, 2 * 4, 4, 5]
     row, column, anchor = 2, 3, 1
@@ -164,12 +166,12 @@ def test_the_towers_put_out_anchors_in_their_order() -> None:
 
 
 def test_the_score_is_the_root_of_objectness_times_centerness() -> None:
-    logits, quality = torch.tensor([[0.0, 3.0, -200.0]]), torch.tensor([[0.0, -1.0, 5.0]])
-    outputs = Outputs(logits, torch.zeros(1, 3, 4), quality)
-    expected = (logits.sigmoid() * quality.sigmoid()).sqrt()
+    logits, centerness = torch.tensor([[0.0, 3.0, -200.0]]), torch.tensor([[0.0, -1.0, 5.0]])
+    outputs = Outputs(logits, torch.zeros(1, 3, 4), centerness)
+    expected = (logits.sigmoid() * centerness.sigmoid()).sqrt()
     assert_close(outputs.scores.sigmoid(), expected)
     assert outputs.scores.isfinite().all()
-    assert outputs._replace(quality=None).scores is logits
+    assert outputs._replace(centerness=None).scores is logits
 
 
 def test_proposals_are_ranked_by_the_score() -> None:
@@ -178,7 +180,7 @@ def test_proposals_are_ranked_by_the_score() -> None:
     with torch.no_grad():
         outputs = model(normalize_images(batch.images, batch.sizes))
     (proposals,) = propose_batch(model, batch, cfg)
-    assert outputs.quality is not None
+    assert outputs.centerness is not None
     assert_close(proposals.logits[0], outputs.scores.max())
 
 
@@ -220,7 +222,7 @@ def test_a_step_is_the_gradient_of_the_sums_over_the_count(method: str) -> None:
     sums = dense_losses(
         outputs.logits,
         outputs.deltas,
-        outputs.quality,
+        outputs.centerness,
         grid_anchors(grid, batch.canvas, batch.images.device),
         batch.gt_boxes,
         *targets,
@@ -350,8 +352,8 @@ def test_a_cascade_with_anchors_left_alone_is_a_plain_convolution() -> None:
     grid = AnchorGrid(((16.0,),), (1.0,), (8,), rounded=True)
     anchors = grid_anchors(grid, (32, 40), torch.device("cpu"))
     feature = torch.rand(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
-    logits, deltas, quality, moved = head(feature, anchors, 8)
-    assert quality is None
+    logits, deltas, centerness, moved = head(feature, anchors, 8)
+    assert centerness is None
     assert_close(moved, anchors.expand(3, -1, -1))
     hidden = head.conv(head.first_conv(feature)).relu()
     assert_close(logits, head.cls_logits(hidden).flatten(1), rtol=1e-4, atol=1e-6)

@@ -54,7 +54,7 @@ def _head(method: MethodConfig) -> Callable[[int, int], nn.Module]:
         "delta_stds": method.delta_stds,
     }
     if method.head == "towers":
-        return partial(TowerHead, quality=method.centerness, **options)
+        return partial(TowerHead, centerness=method.centerness, **options)
     if method.head == "cascade":
         return partial(CascadeHead, **options)
     return partial(RPNHead, **options)

@@ -20,25 +20,25 @@ FIRST_STDS = (0.1, 0.1, 0.5, 0.5)
 class Outputs(NamedTuple):
     """What the head says of each anchor: [B, R] and [B, R, 4]; with `at` S in place of R.
 
-    logits: objectness. quality: a second logit, of how well the box fits; None: the head has none.
-    anchors: [B, R, 4] xyxy px, where a first stage has moved them, to which deltas refer; None:
-    nothing moves them.
+    logits: objectness. centerness: a second logit, of how central the anchor is in its object;
+    None: the head has none. anchors: [B, R, 4] xyxy px, where a first stage has moved them, to
+    which deltas refer; None: nothing moves them.
     """
 
     logits: Tensor
     deltas: Tensor
-    quality: Tensor | None = None
+    centerness: Tensor | None = None
     anchors: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
-        """Logits [B, R] that rank the proposals: of objectness, or of sqrt(objectness x quality).
+        """Logits [B, R] that rank the proposals: of objectness, or of both it and centerness.
 
-        The latter as in ATSS (Zhang et al. 2020); the root keeps it among probabilities.
+        sqrt(objectness x centerness) as in ATSS (Zhang et al. 2020): a probability, too.
         """
-        if self.quality is None:
+        if self.centerness is None:
             return self.logits
-        log_p = (F.logsigmoid(self.logits) + F.logsigmoid(self.quality)) / 2
+        log_p = (F.logsigmoid(self.logits) + F.logsigmoid(self.centerness)) / 2
         return log_p - torch.log(-torch.expm1(log_p))
 
     def starting_from(self, anchors: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ class RPNHead(nn.Module):
 class TowerHead(nn.Module):
     """A stack of 3x3 convolutions with group norm for each of two branches (RetinaNet, FCOS).
 
-    The first ends in objectness, the second in boxes and, with `quality`, in a third number: how
-    well the box fits (Tian et al. 2019, section 3.3). For losses that read every anchor: objectness
-    starts at `PRIOR`, so that the many background anchors do not drown the rest.
+    The first ends in objectness, the second in boxes and, with `centerness`, in a third number: how
+    central an anchor is in its object (Tian et al. 2019, section 3.3). For losses that read every
+    anchor: objectness starts at `PRIOR`, so that the many background anchors do not drown the rest.
     """
 
     delta_stds: Tensor
@@ -127,7 +127,7 @@ class TowerHead(nn.Module):
         num_convs: int,
         channels: int | None,
         delta_stds: Sequence[float],
-        quality: bool,
+        centerness: bool,
     ) -> None:
         super().__init__()
         channels = channels or in_channels
@@ -136,16 +136,17 @@ class TowerHead(nn.Module):
         self.bbox_tower = _tower(in_channels, channels, num_convs)
         self.cls_logits = nn.Conv2d(channels, per_cell, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, per_cell * 4, 3, padding=1)
-        self.quality = nn.Conv2d(channels, per_cell, 3, padding=1) if quality else None
+        self.centerness = nn.Conv2d(channels, per_cell, 3, padding=1) if centerness else None
         _initialize(self)
         nn.init.constant_(cast(Tensor, self.cls_logits.bias), -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, feature: Tensor) -> Outputs:
-        """[B, C, H, W] -> logits [B, H * W * A], deltas [B, H * W * A, 4] and maybe quality."""
+        """[B, C, H, W] -> logits [B, H * W * A], deltas [B, H * W * A, 4] and maybe centerness."""
         boxes = self.bbox_tower(feature)
         logits = _rows(self.cls_logits(self.cls_tower(feature)))
         deltas = _deltas(self.bbox_pred(boxes), self.delta_stds)
-        return Outputs(logits, deltas, None if self.quality is None else _rows(self.quality(boxes)))
+        centerness = None if self.centerness is None else _rows(self.centerness(boxes))
+        return Outputs(logits, deltas, centerness)
 
 
 class CascadeHead(nn.Module):

@@ -146,7 +146,7 @@ def _losses_of_all(
     sums = dense_losses(
         outputs.logits,
         outputs.deltas,
-        outputs.quality,
+        outputs.centerness,
         anchors,
         batch.gt_boxes,
         *targets,
