@@ -30,7 +30,16 @@ ORDER = [
     *["inspect.page", "inspect.level_figures", "inspect.figures"],
     *["inspect.network_figures", "inspect.proposal_figures", "inspect.diagram", "inspect.story"],
     *["train", "proposer", "scoring", "propose", "export"],
-    *["compose", "run_folder", "shell", "cli", "cli_trained", "cli_inspect", "__main__"],
+    *[
+        "choice_file",
+        "compose",
+        "run_folder",
+        "shell",
+        "cli",
+        "cli_trained",
+        "cli_inspect",
+        "__main__",
+    ],
 ]
 CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "dense_targets"}
 CORE |= {"objectness_losses", "losses", "dense_losses", "proposals"}
@@ -38,8 +47,8 @@ CORE |= {"objectness_losses", "losses", "dense_losses", "proposals"}
 # What has one home, so that it can be replaced there and nowhere else needs to know it.
 HOMES = {
     "hydra": {"compose"},
-    "omegaconf": {"compose"},
-    "yaml": {"cli", "cli_trained", "compose", "run_log"},
+    "omegaconf": {"choice_file", "compose"},
+    "yaml": {"choice_file", "cli", "cli_trained", "compose", "run_log"},
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
     "tensorboard": {"run_log"},

@@ -14,7 +14,7 @@ import yaml
 
 from rpn_train import checkpoint, cli, cli_trained, shell
 from rpn_train.build import build_model
-from rpn_train.compose import groups, lay_over, parse
+from rpn_train.compose import groups, lay_over, parse, readable, sweep_values
 from rpn_train.config import TrainConfig
 from rpn_train.errors import ConfigError
 from rpn_train.options import from_mapping, to_mapping, walk
@@ -422,22 +422,30 @@ def test_a_group_from_a_file(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_a_method_and_an_experiment_from_files(run: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def composed(run: Run) -> Callable[..., Any]:
+    """What `rpn-train ... --config` prints."""
+
+    def compose(*typed: str) -> Any:
+        code, page, fault = run(cli._train, *typed, "--config")
+        assert (code, fault) == (0, "")
+        return yaml.safe_load(page)
+
+    return compose
+
+
+def test_a_method_and_an_experiment_from_files(
+    composed: Callable[..., Any], tmp_path: Path
+) -> None:
     """Files of one's own are choices like those of the package: the same order of who wins."""
     method, experiment = tmp_path / "it's mine.yaml", tmp_path / "my=run.yml"
     method.write_text(
         "# @package _global_\nanchors: {sizes: [[10]], ratios: [1]}\nmethod: {fg_iou: 0.6}\n"
     )
     experiment.write_text(
-        "# @package _global_\ndefaults:\n  - override /method: atss\n"
-        "method: {box_loss: ciou}\nschedule: {steps: 7}\n"
+        "# A run.\ndefaults:\n  - override /method: atss\n"
+        "method: {box_loss: ciou}\nschedule: {steps: 7}\noutput_dir: ~/runs\n"
     )
-
-    def composed(*typed: str) -> Any:
-        code, page, _ = run(cli._train, *typed, "--config")
-        assert code == 0
-        return yaml.safe_load(page)
-
     of_method = composed(f"method={method}")
     assert of_method["anchors"]["sizes"] == [[10.0]]
     assert of_method["method"] == composed("method.fg_iou=0.6")["method"]
@@ -447,15 +455,77 @@ def test_a_method_and_an_experiment_from_files(run: Run, tmp_path: Path) -> None
     atss = composed("method=atss", "method.box_loss=ciou")
     assert (both["method"], both["anchors"]) == (atss["method"], atss["anchors"])
     assert both["schedule"]["steps"] == 7
-    typed = composed(f"experiment={experiment}", f"method={method}")["method"]
-    assert typed == of_method["method"]
-    for content, expected in (
+    assert both["output_dir"] == str(Path.home() / "runs")
+    typed = composed(f"experiment={experiment}", f"method={method}", "anchors=fpn_half")
+    assert (typed["method"], typed["anchors"]) == (of_method["method"], half)
+
+
+def test_what_is_typed_wins_over_an_experiment(
+    composed: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A file that is typed, too: all that it says."""
+    files = {
+        "anchors": "{sizes: [[10], [20], [40], [80], [160]], ratios: [1]}",
+        "schedule": "{defaults: [2x], lr: 0.5}",
+        "backbone": "{name: resnet34_fpn, norm: gn, weights: null}",
+    }
+    for group, content in files.items():
+        (tmp_path / f"{group}.yaml").write_text(content)
+    recipe = "experiment=coco_r50_fpn_1x_atss"
+    found = composed(recipe, *(f"{group}={tmp_path / group}.yaml" for group in files))
+    for group, keys in (("anchors", 2), ("backbone", 3)):
+        written = yaml.safe_load(files[group])
+        assert len(written) == keys
+        assert {key: found[group][key] for key in written} == written
+    assert (found["schedule"]["lr"], found["schedule"]["epochs"]) == (0.5, 24)
+    assert (found["backbone"]["pyramid"], found["backbone"]["frozen_stages"]) == ("p3_p7", 2)
+    named = composed("anchors=fpn_half")["anchors"]
+    assert composed(recipe, "anchors=fpn_half")["anchors"] == named
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
         ("method: {box_los: ciou}", "method.box_los: unknown key; did you mean 'method.box_loss'?"),
-        ("method: 3", "method: expected a group of keys"),
-    ):
-        experiment.write_text(f"# A run.\n# @package _global_\n{content}\n")
-        fault = run(cli._train, f"experiment={experiment}")[2]
-        assert fault == f"error: {experiment}: {expected}\n"
+        ("method: 3", "method: expected a group of keys, got 3"),
+        ("method.fg_iou: 0.6", "method.fg_iou: expected groups within each other, got a dot"),
+        ("defaults: atss", "defaults: expected a list of choices of method, or of 'override"),
+        ("defaults: [mine]", "defaults: expected a list of choices of method, or of 'override"),
+        ("defaults: [override /method: oln]", "defaults: expected a list of choices of method"),
+        ("defaults: [{a: 1, b: 2}]", "defaults: expected a list of choices of method"),
+        ("[1]", "expected keys and values, got none"),
+        ("", "expected keys and values, got none"),
+        ("method: &m {fg_iou: *m}", "expected values that do not hold themselves"),
+    ],
+)
+def test_faults_of_a_choice_file(run: Run, tmp_path: Path, content: str, expected: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"# Mine.\n#@package _global_\n{content}\n")
+    code, _, fault = run(cli._train, f"method={file}")
+    assert (code, fault.count("\n")) == (2, 1)
+    assert fault.startswith(f"error: {file}: {expected}")
+    file.write_text("# @package _group_\nfg_iou: 0.6\n")
+    assert "expected '# @package _global_' or no package" in run(cli._train, f"method={file}")[2]
+    for unread in ("a: 1\na: 2\n", "a: [1", "a: ${b}\n", "a: ???\n"):
+        file.write_text(unread)
+        fault = run(cli._train, f"method={file}")[2]
+        assert fault.startswith(f"error: method: expected a choice or a YAML file, got {file}: ")
+        assert fault.count("\n") == 1
+
+
+def test_files_in_a_sweep_are_read_one_by_one(tmp_path: Path) -> None:
+    home = str(Path.home())
+    assert readable(["anchors=~/a.yaml,fpn,it's.yaml"]) == [
+        f"anchors={home}/a.yaml,fpn,'it\\'s.yaml'"
+    ]
+    files = [tmp_path / name for name in ("a.yaml", "b=c.yaml")]
+    for number, file in enumerate(files, start=1):
+        file.write_text(f"sizes: [[{number}]]\n")
+    (typed,) = readable([f"anchors={files[0]},{files[1]},fpn"])
+    (override,) = parse([typed], sweep=True)
+    sizes = [cli.compose_run([one]).anchors.sizes for one in sweep_values(typed, override)]
+    assert sizes[:2] == [((1.0,),), ((2.0,),)]
+    assert len(sizes[2]) == 5
 
 
 # Sweeps

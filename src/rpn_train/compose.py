@@ -1,12 +1,13 @@
 """What a person typed, composed by Hydra with the files of `configs/`, made one configuration.
 
-No Hydra or OmegaConf object goes further than this module.
+No Hydra or OmegaConf object goes further than this module and `choice_file`.
 """
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -20,9 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rpn_train.choice_file import names_file, read_choice
 from rpn_train.config import TrainConfig
 from rpn_train.errors import ConfigError
-from rpn_train.options import from_mapping, to_mapping, unknown_key, walk
+from rpn_train.options import from_mapping, keys_and_sections, to_mapping, unknown_key, walk
 
 CONFIGS = Path(__file__).parent / "configs"  # in an installed package
 if not CONFIGS.is_dir():
@@ -35,17 +37,24 @@ def readable(arguments: Sequence[str]) -> list[str]:
 
 
 def _readable(argument: str) -> str:
-    """A path with ~ expanded, in quotes where Hydra's grammar asks for them: a=b, (1), ü."""
+    """Paths with ~ expanded, in quotes where Hydra's grammar asks for them: a=b, (1), ü."""
     key, _, value = argument.partition("=")
     texts = {name for name, hint, *_ in walk(TrainConfig) if hint in (str, str | None)}
-    if key not in texts and not (key in groups() and is_file(value)):
-        return argument
+    if key in texts:
+        return f"{key}={_readable_path(key, value)}"
+    choices = value.split(",")  # several in a sweep
+    if key in groups() and any(map(names_file, choices)):
+        return f"{key}={','.join(_readable_path(key, choice) for choice in choices)}"
+    return argument
+
+
+def _readable_path(key: str, value: str) -> str:
     value = os.path.expanduser(value)
     try:
         OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException:
         value = quoted(value)
-    return f"{key}={value}"
+    return value
 
 
 def own_arguments(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, list[str]]:
@@ -72,7 +81,7 @@ def quoted(text: str) -> str:
 
 def parse(typed: Sequence[str], *, sweep: bool = False) -> list[Override]:
     """The typed overrides; what is no KEY=VALUE of a known key or group is refused here."""
-    known, sections = _known()
+    known, sections = keys_and_sections(TrainConfig)
     overrides = []
     for text in typed:
         try:
@@ -97,15 +106,10 @@ def parse(typed: Sequence[str], *, sweep: bool = False) -> list[Override]:
     return overrides
 
 
-def is_file(choice: Any) -> bool:
-    """Whether a choice of a group is a file of one's own, like those in `configs/`."""
-    return str(choice).endswith((".yaml", ".yml"))
-
-
 def _check_choice(key: str, choice: Any) -> None:
     """Refuse what is no choice of a group."""
     offered = groups().get(key)
-    if offered is None or choice in offered or is_file(choice):
+    if offered is None or choice in offered or names_file(choice):
         return
     if key == "backbone":
         if str(choice).startswith("timm:"):
@@ -125,64 +129,45 @@ def groups() -> dict[str, list[str]]:
 def compose(typed: Sequence[str]) -> dict[str, Any]:
     """Plain nested data: defaults, then files, then what was typed."""
     ConfigStore.instance().store(name="schema", node=to_mapping(TrainConfig()))
-    typed = [_stored_choice(argument) for argument in typed]
+    of_files: list[str] = []
+    typed = [_choice(argument, of_files) for argument in typed]
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
-            composed = _composed(typed)
+            composed = _composed([*of_files, *typed])
             # a method brings anchors, an experiment parts of a method: what is typed wins
-            for group, other in (("anchors", "method"), ("method", "experiment")):
-                rest = [a for a in typed if not a.startswith(f"{other}=")]
+            for group, others in (("anchors", ("method", "experiment")), ("method", "experiment")):
+                rest = [a for a in typed if a.partition("=")[0] not in others]
                 if len(rest) < len(typed) and any(a.startswith(f"{group}=") for a in typed):
-                    composed[group] = _composed(rest)[group]
+                    composed[group] = _composed([*of_files, *rest])[group]
         return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
 
 
-def _stored_choice(argument: str) -> str:
-    """A choice that is not among the files of `configs/`, as one that Hydra finds."""
+def _choice(argument: str, of_files: list[str]) -> str:
+    """What was typed, as Hydra finds it.
+
+    A file of one's own becomes a choice of its group, so that it may build on others. It was typed,
+    so what it says of its group goes to `of_files`, as if it had been typed key by key.
+    """
     group, _, choice = argument.partition("=")
     if argument.startswith("backbone=timm:"):  # networks of timm have no file
         return f"backbone.name={choice}"
-    if group not in groups() or not is_file(choice.strip("'")):
+    if group not in groups():
         return argument
-    path = Path(cast(str, OverridesParser.create().parse_override(argument).value()))
-    try:
-        text = path.read_text(encoding="utf-8")
-        keys = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{group}: expected a choice or a YAML file, got {path}: {reason}"
-        ) from error
-    if not isinstance(keys, dict):
-        raise ConfigError(f"{group}: expected keys and values in {path}, got another file")
-    package = "_global_" if "# @package _global_" in text.splitlines() else group
-    known, sections = _known()
-    for key in _keys_of(keys if package == "_global_" else {group: keys}):
-        if key in sections:
-            raise ConfigError(f"{path}: {key}: expected a group of keys")
-        if key not in {*known, "defaults"}:
-            raise ConfigError(f"{path}: {unknown_key(key, TrainConfig)}")
-    name = f"{group}_of_file"
+    value = OverridesParser.create().parse_override(argument).value()
+    if not names_file(value):
+        return argument
+    path, name = Path(str(value)), f"{group}_of_file"
+    keys, package = read_choice(group, path, groups())
+    if package == group:
+        of_files += [
+            f"{group}.{key}={json.dumps(value, ensure_ascii=False)}"
+            for key, value in keys.items()
+            if key != "defaults"
+        ]
     ConfigStore.instance().store(name=name, node=keys, group=group, package=package)
     return f"{group}={name}"
-
-
-def _keys_of(keys: dict[str, Any], section: str = "") -> Iterator[str]:
-    """The full keys of nested ones."""
-    for key, value in keys.items():
-        full = f"{section}{key}"
-        if isinstance(value, dict) and full in _known()[1]:
-            yield from _keys_of(value, f"{full}.")
-        else:
-            yield full
-
-
-def _known() -> tuple[set[str], set[str]]:
-    """All keys, and the sections that they are in."""
-    keys = {name for name, *_ in walk(TrainConfig)}
-    return keys, {name.rsplit(".", i)[0] for name in keys for i in range(1, name.count(".") + 1)}
 
 
 def _composed(typed: Sequence[str]) -> dict[str, Any]:

@@ -94,6 +94,12 @@ def walk(
             yield f"{path}{f.name}", hints[f.name], value, f.metadata
 
 
+def keys_and_sections(kind: type) -> tuple[set[str], set[str]]:
+    """The full keys of all options below a dataclass, and of the groups that they are in."""
+    keys = {name for name, *_ in walk(kind)}
+    return keys, {name.rsplit(".", i)[0] for name in keys for i in range(1, name.count(".") + 1)}
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> dict[str, str]:
     """What differs between two nested mappings: full key -> 'old -> new'."""
     found = {}
