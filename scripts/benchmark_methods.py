@@ -17,8 +17,8 @@ images and their order follow from the seed, so they are the same for all method
 is not trained again, and what was interrupted goes on: give the same command once more. After each
 run the folder has methods.md, methods.json and methods.png of all that are finished.
 
-What is typed behind the name of a method is for that one alone, and a word with a colon before it
-is what tables, figure and folders call it.
+What is typed behind the name of a method is for that one alone, and what stands before a colon is
+what tables, figure and folders call it.
 """
 
 import argparse
@@ -108,12 +108,12 @@ def read_methods(texts: Sequence[str]) -> dict[str, list[str]]:
     methods: dict[str, list[str]] = {}
     for text in texts:
         label, colon, rest = text.partition(": ")
-        if not colon or "=" in label:  # a mapping among its options
-            label, rest = text, text
-        name, *only_its = rest.split()
+        typed = shlex.split(rest if colon else text)
+        if not typed or not label:
+            raise ConfigError(f"--methods: expected {METHOD_HELP}, got {text!r}")
         if label in methods:
             raise ConfigError(f"--methods: expected each once, got {label!r} again")
-        methods[label] = readable([f"method={name}", *only_its])
+        methods[label] = readable([f"method={typed[0]}", *typed[1:]])
     return methods
 
 
@@ -238,10 +238,12 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for key in (text.partition("=")[0] for text in (*given, *of_methods)):
         if key in OWN:
             raise ConfigError(f"{key}: expected {OWN[key]} to set it, got it among KEY=VALUE")
-    runs = []
+    runs: list[Run] = []
     for seed in args.seeds:
         for label, method in methods.items():
             folder = args.output / f"{re.sub('[^A-Za-z0-9.]+', '_', label)}_{seed}"
+            if any(folder == run.folder for run in runs):
+                raise ConfigError(f"--methods: {label!r} would share the folder {folder}")
             typed = [*given, *method, f"seed={seed}", f"output_dir={quoted(str(folder))}"]
             runs.append(Run(label, seed, folder, typed, compose_run(typed)))
             check_stored(runs[-1])

@@ -97,6 +97,14 @@ def test_what_is_typed_behind_a_method_is_for_it_alone(script: ModuleType, tmp_p
     args.methods = ["atss", "atss: oln"]
     with pytest.raises(ConfigError, match="--methods: expected each once, got 'atss' again"):
         script.plan(args)
+    for methods, message in (
+        (["a+b: atss", "a-b: oln"], "'a-b' would share the folder .*a_b_3"),
+        ([": atss"], "expected a method, or 'LABEL: METHOD KEY=VALUE ...', got ': atss'"),
+        (["thin: "], "got 'thin: '"),
+    ):
+        args.methods = methods
+        with pytest.raises(ConfigError, match=f"--methods: .*{message}"):
+            script.plan(args)
     args.methods = ["atss seed=4"]
     with pytest.raises(ConfigError, match="seed: expected --seeds"):
         script.plan(args)

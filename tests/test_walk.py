@@ -420,7 +420,7 @@ def test_the_walk_is_logged_of_the_first_image(cfg: TrainConfig) -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_the_targets_logged_are_those_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_targets_logged_are_those_of_that_part_of_the_run() -> None:
     cfg = compose_run([*TYPED, "method=task_aligned"])
     index, read = open_split(cfg, "val", "score")
     state = build_state(cfg, torch.device("cpu"))

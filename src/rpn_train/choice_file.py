@@ -99,7 +99,7 @@ def _check_defaults(
     for entry in defaults if isinstance(defaults, list) else [defaults]:
         if isinstance(entry, dict) and len(entry) == 1 and package == GLOBAL:
             ((key, choice),) = entry.items()
-            if choice in others.get(key, ()):
+            if key in others and choice in others[key]:
                 continue
         elif isinstance(entry, str) and isinstance(defaults, list) and entry in offered[group]:
             continue

@@ -141,6 +141,7 @@ def _losses_of_all(
 ) -> tuple[BatchLosses, Picks]:
     """Every anchor is read; which are positive may follow from what the network says of them."""
     method = method_at(cfg.method, progress)
+    begins_as_atss = method is not cfg.method  # though it has no branch for centerness
     outputs = _ask(network, batch, cfg, None)
     targets = dense_targets(grid, batch, outputs, method)
     sums = dense_losses(
@@ -151,8 +152,7 @@ def _losses_of_all(
         batch.gt_boxes,
         *targets,
         objectness_kind=method.objectness_loss,
-        # one that is ATSS for a while weights as ATSS does, though it has no branch to predict it
-        by_centerness=method.centerness or method is not cfg.method,
+        by_centerness=method.centerness or begins_as_atss,
         box_kind=method.box_loss,
         beta=method.smooth_l1_beta,
         box_weight=method.box_weight,

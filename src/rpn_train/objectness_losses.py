@@ -38,7 +38,7 @@ def absolute_error(logits: Tensor, targets: Tensor, **_: float) -> Tensor:
     return (logits.sigmoid() - targets).abs()
 
 
-# By name, as of `method.objectness_loss`. All take the options of the focal ones.
+# By name, as of `method.objectness_loss`. Of every anchor: with the options of the focal ones.
 OBJECTNESS_LOSSES: dict[str, Callable[..., Tensor]] = {
     "bce": cross_entropy,
     "l1": absolute_error,

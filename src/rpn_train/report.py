@@ -114,7 +114,7 @@ def log_step(
 
 
 def compilations(cfg: TrainConfig) -> dict[str, float]:
-    """How often the network has been compiled: again for what it was not compiled for."""
+    """Graphs of the network that have been compiled: more for sizes that none of them serves."""
     if not cfg.compile:
         return {}
     from torch._dynamo.utils import counters  # here, as its import takes a second

@@ -154,7 +154,8 @@ def start_from(state: RunState, cfg: TrainConfig, where: str) -> dict[str, str]:
         checkpoint.load_weights(state.model, weights, f"init_from {where}")
     except CheckpointError as error:
         network = [f"{key}: {change}" for key, change in changed.items() if key.startswith(_FIXED)]
-        raise CheckpointError(f"{error}; changed: {'; '.join(network)}") from error
+        said = f"; changed: {'; '.join(network)}" if network else ""
+        raise CheckpointError(f"{error}{said}") from error
     if state.ema is not None:
         checkpoint.load_weights(state.ema.module, weights, f"init_from {where}")
     return {key: change for key, change in changed.items() if key.startswith(_ARCHITECTURE)}

@@ -50,6 +50,9 @@ def prepare_network(model: nn.Module, cfg: TrainConfig, ranks: Ranks) -> nn.Modu
     """The model in training mode, compiled and distributed as configured; it shares its weights."""
     model.train()
     if cfg.compile:
+        from torch._dynamo.utils import counters  # here, as its import takes a second
+
+        counters.clear()  # another run of this process may have counted
         model.compile()  # in place: the keys of the state dict stay plain
     return ranks.wrap(model)
 
