@@ -500,7 +500,7 @@ def test_what_is_typed_wins_over_an_experiment(
 )
 def test_faults_of_a_choice_file(run: Run, tmp_path: Path, content: str, expected: str) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(f"# Mine.\n#@package _global_\n{content}\n")
+    file.write_text(f"# Mine.\n\n#@package _global_\n{content}\n")
     code, _, fault = run(cli._train, f"method={file}")
     assert (code, fault.count("\n")) == (2, 1)
     assert fault.startswith(f"error: {file}: {expected}")

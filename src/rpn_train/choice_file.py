@@ -67,7 +67,7 @@ def _expanded(value: Any) -> Any:
 def _package(group: str, path: Path, text: str) -> str:
     """Where the keys of a file belong, by the comments it begins with."""
     for line in text.splitlines():
-        if not line.startswith("#"):
+        if line.strip() and not line.startswith("#"):
             break
         header = _HEADER.fullmatch(line)
         if header and header[1] not in (GLOBAL, group):
