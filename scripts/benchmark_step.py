@@ -1,19 +1,30 @@
 """Time of a training step, whole and in parts, beside torchvision's RPN.
 
     python scripts/benchmark_step.py --backbone resnet50_fpn --size 512 512 --boxes 8 --repeats 9
+    python scripts/benchmark_step.py --size 800 1344 --batch 16 --precision bf16 --compile \\
+        --channels-last
 
 A step is what happens to a batch that is loaded: input (images normalised), targets (assignment and
 sampling), network (forward), proposals (torchvision's alone makes them), losses and backward pass,
 update by SGD. First it is checked that both networks give the same outputs, and at the same anchors
 the same losses. `benchmarking.py` says what stands against what.
+
+On a GPU the images a second come with the operations a second, beside those that a product of large
+matrices reaches there, the most memory that a step holds, and how often it waits for the GPU.
 """
 
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from statistics import median
 
 import torch
+from benchmark_model import count_gflop
 from benchmarking import (
     SIDES,
+    WHOLE,
     Bench,
     Timed,
     TorchvisionRPN,
@@ -30,6 +41,7 @@ from benchmarking import (
 from torch import Tensor
 from torch.testing import assert_close
 
+from rpn_train.build import build_model
 from rpn_train.distributed import start
 from rpn_train.model import autocast
 from rpn_train.objective import batch_losses
@@ -82,22 +94,84 @@ def torchvision_step(bench: Bench, theirs: TorchvisionRPN, *, compiled: bool) ->
     return take
 
 
+def step_gflop(bench: Bench) -> dict[str, float]:
+    """Operations of the convolutions in a step on a GPU, 10^9: both sides, each on its own canvas.
+
+    torchvision evaluates its head everywhere.
+    """
+    model, batch = build_model(bench.cfg).to("meta"), bench.batch.to(torch.device("meta"))
+    at = torch.empty(len(batch.images), bench.cfg.method.num_samples, device="meta").long()
+    ours = count_gflop(partial(model, batch.images.float(), at))
+    theirs = count_gflop(partial(model, their_canvas(bench.batch).images.to("meta").float()))
+    return dict(zip(SIDES, (ours, theirs), strict=True))
+
+
+def product_tflops(precision: str, device: torch.device) -> float:
+    """What a product of two matrices of 8192 x 8192 reaches on a GPU, 10^12 operations a second."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * 8192**3 / median(seconds) / 1e12
+
+
+def gpu_use(take: Timed, device: torch.device) -> dict[str, float]:
+    """The most memory that is held in a step, GB, and how often the GPU is waited for."""
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        take()
+    torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing" in str(warning.message) for warning in caught)
+    return {"memory, GB": torch.cuda.max_memory_allocated(device) / 1e9, "waits a step": waits}
+
+
+def print_rates(
+    bench: Bench, steps: Mapping[str, Timed], whole_ms: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Images a second of both sides, and how each uses a GPU."""
+    device, gflop = bench.ranks.device, step_gflop(bench)
+    rates = {}
+    for side, ms in whole_ms.items():
+        rates[side] = {"images/s": 1e3 * len(bench.batch.images) / ms}
+        if device.type == "cuda":
+            rates[side] |= {"TFLOP/s": gflop[side] / ms, **gpu_use(steps[side], device)}
+    for name in rates[SIDES[0]]:
+        ours, theirs = (rates[side][name] for side in SIDES)
+        print(f"{name:18}{ours:10.2f}{theirs:13.2f}")
+    if device.type == "cuda":
+        product = product_tflops(bench.cfg.precision, device)
+        print(f"a product of large matrices: {product:.0f} TFLOP/s")
+        rates["product"] = {"TFLOP/s": product}
+    return rates
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser("Time of a training step beside torchvision's RPN.", size=512, repeats=9)
     arguments.add_argument("--compile", action="store_true", help="both networks")
+    arguments.add_argument("--channels-last", action="store_true", help="torchvision's, too")
     args = arguments.parse_args(argv)
     with start(args.device) as ranks:
         print(describe(args, ranks), flush=True)
         bench = build(args, ranks)
         theirs = TorchvisionRPN(bench)
+        if args.channels_last:
+            theirs = theirs.to(memory_format=torch.channels_last)
         check_outputs(bench, theirs)
         check_losses(bench, theirs)
-        steps = (
-            our_step(bench, compiled=args.compile),
-            torchvision_step(bench, theirs, compiled=args.compile),
+        ours = our_step(bench, compiled=args.compile)
+        steps = dict(
+            zip(SIDES, (ours, torchvision_step(bench, theirs, compiled=args.compile)), strict=True)
         )
-        times = in_turns(dict(zip(SIDES, steps, strict=True)), bench.watch, args.repeats)
-        write(args, ranks, compare(times))
+        results = compare(in_turns(steps, bench.watch, args.repeats))
+        whole = {side: results[side][WHOLE] for side in SIDES}
+        write(args, ranks, {**results, "rates": print_rates(bench, steps, whole)})
 
 
 if __name__ == "__main__":

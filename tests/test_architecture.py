@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rpn_train"
 ORDER = [
     *["errors", "options", "stop", "whole_file"],
     *["boxes", "anchors", "windows", "overlaps", "targets", "dense_targets"],
-    *["objectness_losses", "losses", "dense_losses", "proposals", "recall"],
+    *["objectness_losses", "losses", "dense_losses", "nms", "proposals", "recall"],
     *["weights", "norms", "timm_body", "sparse", "backbones", "heads", "model", "detectors"],
     *["data.box_faults", "data.faults", "data.index", "data.headers"],
     *["data.coco", "data.voc", "data.painting", "data.shapes", "data.files", "data.index_cache"],
@@ -42,7 +42,7 @@ ORDER = [
     ],
 ]
 CORE = {"boxes", "anchors", "windows", "overlaps", "targets", "dense_targets"}
-CORE |= {"objectness_losses", "losses", "dense_losses", "proposals"}
+CORE |= {"objectness_losses", "losses", "dense_losses", "nms", "proposals"}
 
 # What has one home, so that it can be replaced there and nowhere else needs to know it.
 HOMES = {

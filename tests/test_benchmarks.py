@@ -72,6 +72,25 @@ def test_both_sides(
         assert f"\n{part}" in printed
 
 
+def test_rates_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--repeats", "1", "--channels-last"]
+    results = run("benchmark_step", arguments, tmp_path)["results"]
+    assert results["rates"] == {
+        side: {"images/s": pytest.approx(2 / (results[side]["whole"] / 1e3))}
+        for side in ("ours", "torchvision")
+    }
+    assert "\nimages/s" in capsys.readouterr().out
+
+
+def test_operations_of_a_step() -> None:
+    """As an earlier count of the two had it: 527 and 1,134 GFLOP for an image."""
+    tools = script("benchmarking")
+    arguments = ["--size", "800", "1344", "--batch", "1", "--device", "cpu"]
+    bench = tools.build(tools.parser("", size=64, repeats=1).parse_args(arguments), RANKS)
+    expected = {"ours": 527, "torchvision": 1134}
+    assert script("benchmark_step").step_gflop(bench) == pytest.approx(expected, rel=0.01)
+
+
 def test_other_weights_are_noticed() -> None:
     bench, tools = tiny_bench(), script("benchmarking")
     theirs = tools.TorchvisionRPN(bench)

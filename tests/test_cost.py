@@ -18,6 +18,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from rpn_train import objective
 from rpn_train.build import build_model
+from rpn_train.cli import compose_run
 from rpn_train.config import BackboneConfig, ScheduleConfig, TrainConfig
 from rpn_train.data.batch import Batch
 from rpn_train.distributed import Ranks
@@ -29,6 +30,7 @@ from rpn_train.run_state import build_state
 from rpn_train.step import Clock, training_step
 
 META = torch.device("meta")
+METHODS = ("faster_rcnn", "retina", "atss", "task_aligned", "cascade", "oln")
 BATCH = 2
 
 
@@ -39,20 +41,20 @@ def config(backbone: str) -> TrainConfig:
     )
 
 
-def draw_batch(canvas: tuple[int, int], objects: int) -> Batch:
+def draw_batch(canvas: tuple[int, int], objects: int, count: int = BATCH) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    draw = torch.rand(2, BATCH, objects, 2, generator=generator)
+    draw = torch.rand(2, count, objects, 2, generator=generator)
     sides = 8 * 30 ** draw[0]  # 8 to 240 px
     corners = draw[1] * (torch.tensor(canvas[::-1]) - sides)
-    valid = torch.ones(BATCH, objects, dtype=torch.bool)
+    valid = torch.ones(count, objects, dtype=torch.bool)
     return Batch(
-        images=torch.randint(256, (BATCH, 3, *canvas), dtype=torch.uint8, generator=generator),
-        sizes=torch.tensor([canvas] * BATCH),
+        images=torch.randint(256, (count, 3, *canvas), dtype=torch.uint8, generator=generator),
+        sizes=torch.tensor([canvas] * count),
         gt_boxes=torch.cat([corners, corners + sides], dim=-1),
         gt_valid=valid,
         gt_ignore=~valid,
-        seeds=torch.arange(BATCH),
-        rows=torch.arange(BATCH),
+        seeds=torch.arange(count),
+        rows=torch.arange(count),
     )
 
 
@@ -146,6 +148,20 @@ def test_a_step_makes_no_proposals() -> None:
     assert training.calls["aten::convolution_backward"] > 20
     assert training.calls["torchvision::nms"] == 0
     assert evaluation.calls["torchvision::nms"] == BATCH * 5  # once for each image and level
+
+
+@pytest.mark.parametrize("done", [0.0, 0.9])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_needs_no_number_from_its_device(method: str, done: float) -> None:
+    """All of it, with the update: a GPU would be waited for, and here is none to be had."""
+    cfg = compose_run([f"method={method}", "backbone.name=resnet18_fpn", "schedule.batch_size=2"])
+    state = build_state(cfg, META)
+    batch = draw_batch((256, 384), 3)
+    training_step(state, state.model, iter([batch]), cfg, 0.01, done, Clock(), Ranks(0, 1, META))
+    (numbers,) = state.pending
+    assert (numbers.shape, numbers.device) == ((4,), META)
+    with pytest.raises(RuntimeError, match="meta"):
+        numbers.tolist()
 
 
 def count_targets(objects: int, device: torch.device) -> Operations:

@@ -1,12 +1,16 @@
-"""Proposals against a plain form in Python numbers, one image and one box at a time."""
+"""Proposals against a plain form in Python numbers, one image and one box at a time.
+
+Both ways to make them run here on a CPU: list by list, and as on a GPU all lists at once.
+"""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from rpn_train import proposals
 from rpn_train.anchors import AnchorGrid, grid_anchors
 from rpn_train.boxes import decode
-from rpn_train.proposals import make_proposals
+from rpn_train.proposals import best_at_once, best_one_by_one, make_proposals
 
 CPU = torch.device("cpu")
 GRID = AnchorGrid(((16.0, 24.0), (32.0, 48.0)), (0.5, 2.0), (8, 16), rounded=True)
@@ -14,6 +18,11 @@ CANVAS = (48, 64)
 SIZES = torch.tensor([[48, 64], [37, 51], [9, 64]])
 LENGTHS = GRID.level_lengths(CANVAS)
 OPTIONS = {"pre_nms": 50, "post_nms": 40, "nms_iou": 0.5, "min_size": 3.0}
+
+
+@pytest.fixture(params=[best_one_by_one, best_at_once], autouse=True)
+def way(request, monkeypatch):
+    monkeypatch.setattr(proposals, "best_one_by_one", request.param)
 
 
 def iou(a, b):

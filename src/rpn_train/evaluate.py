@@ -114,15 +114,17 @@ def in_stored_pixels(
 ) -> Iterator[ImageProposals]:
     """Proposals of the images of a batch, mapped back to the images as stored."""
     faults = dict(batch.unread)
-    for row, size, (boxes, logits) in zip(
-        batch.rows.tolist(), batch.sizes.tolist(), found, strict=True
-    ):
+    counts = [len(of_image.logits) for of_image in found]
+    all_boxes = torch.cat([of_image.boxes for of_image in found]).cpu().split(counts)
+    all_logits = torch.cat([of_image.logits for of_image in found]).cpu().split(counts)
+    rows, sizes = batch.rows.tolist(), batch.sizes.tolist()
+    for row, size, boxes, logits in zip(rows, sizes, all_boxes, all_logits, strict=True):
         stored_height, stored_width = index.sizes[row].tolist()
         factor = torch.tensor([stored_width / size[1], stored_height / size[0]] * 2)
         fault = faults.get(row)
         if fault is not None:
             boxes, logits = boxes[:0], logits[:0]
-        yield ImageProposals(row, (boxes.cpu() * factor).numpy(), logits.cpu().numpy(), fault or "")
+        yield ImageProposals(row, (boxes * factor).numpy(), logits.numpy(), fault or "")
 
 
 def as_arrays(found: list[ImageProposals], index: Index) -> ProposalArrays:

@@ -1,6 +1,6 @@
 """From outputs at every anchor to proposals (Ren et al. 2015, section 3.3 and its code)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -10,8 +10,10 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from rpn_train.boxes import clip, decode, take_boxes
+from rpn_train.nms import suppress
 
 _Level = tuple[Tensor, Tensor]  # candidates of one level of one image: boxes [k, 4], logits [k]
+_Candidates = list[tuple[Tensor, Tensor]]  # of each level: boxes [B, k, 4], logits [B, k]
 
 
 class Proposals(NamedTuple):
@@ -54,7 +56,7 @@ def make_proposals(
         One `Proposals` per image, of at most post_nms rows; fewer, or none, where NMS leaves fewer.
     """
     logits = logits.float()
-    candidates = []  # per level: boxes [B, k, 4], logits [B, k]
+    candidates = []
     start = 0
     for length in level_lengths:
         of_level = logits[:, start : start + length]
@@ -64,19 +66,24 @@ def make_proposals(
         boxes = clip(boxes, sizes[:, None])
         candidates.append((boxes, top))
         start += length
-    levels = [(boxes[i], top[i]) for i in range(len(logits)) for boxes, top in candidates]
-    kept = _map(partial(_suppress, post_nms=post_nms, nms_iou=nms_iou, min_size=min_size), levels)
-    per_image = len(candidates)
-    return [_best(kept[i * per_image : (i + 1) * per_image], post_nms) for i in range(len(logits))]
+    best = best_one_by_one if logits.device.type == "cpu" else best_at_once
+    return best(candidates, post_nms=post_nms, nms_iou=nms_iou, min_size=min_size)
 
 
-def _map(function: Callable[[_Level], _Level], levels: list[_Level]) -> list[_Level]:
-    """The results in order. On the CPU side by side: NMS uses one core and lets Python go on."""
+def best_one_by_one(
+    candidates: _Candidates, *, post_nms: int, nms_iou: float, min_size: float
+) -> list[Proposals]:
+    """NMS in each level of each image, side by side: it uses one core and lets Python go on."""
+    images, levels = range(len(candidates[0][0])), len(candidates)
+    lists = [(boxes[i], logits[i]) for i in images for boxes, logits in candidates]
+    suppress_one = partial(_suppress, post_nms=post_nms, nms_iou=nms_iou, min_size=min_size)
     threads = torch.get_num_threads()
-    if threads == 1 or levels[0][0].is_cuda:
-        return [function(level) for level in levels]
-    with ThreadPoolExecutor(threads) as pool:
-        return [*pool.map(function, levels)]
+    if threads == 1:
+        kept = [*map(suppress_one, lists)]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            kept = [*pool.map(suppress_one, lists)]
+    return [_best(kept[i * levels : (i + 1) * levels], post_nms) for i in images]
 
 
 def _suppress(level: _Level, *, post_nms: int, nms_iou: float, min_size: float) -> _Level:
@@ -93,3 +100,34 @@ def _best(levels: list[_Level], post_nms: int) -> Proposals:
     boxes, logits = (torch.cat(parts) for parts in zip(*levels, strict=True))
     order = logits.argsort(descending=True, stable=True)[:post_nms]
     return Proposals(boxes[order], logits[order])
+
+
+def best_at_once(
+    candidates: _Candidates, *, post_nms: int, nms_iou: float, min_size: float
+) -> list[Proposals]:
+    """The same for all images and levels together, in fixed shapes until the end: for a GPU.
+
+    It is waited for where `suppress` looks whether it is done, and once to count what is left.
+    """
+    most = max(logits.shape[1] for _, logits in candidates)
+    # boxes of no number are not large, and overlap nothing
+    boxes = _stacked([boxes for boxes, _ in candidates], most, torch.nan)  # [B, L, k, 4]
+    logits = _stacked([logits for _, logits in candidates], most, -torch.inf)  # [B, L, k]
+    large = (boxes[..., 2:] - boxes[..., :2] >= min_size).all(-1)
+    kept = suppress(boxes.flatten(0, 1), large.flatten(0, 1), nms_iou).view_as(large).flatten(1)
+    boxes, logits = boxes.flatten(1, 2), logits.flatten(1)
+    least = torch.finfo(logits.dtype).min  # so that what is kept comes before what is not
+    ranks = torch.where(kept, logits.clamp(min=least), -torch.inf)
+    order = ranks.argsort(dim=1, descending=True, stable=True)[:, :post_nms]
+    counts = kept.sum(1).clamp(max=post_nms).tolist()
+    best = zip(take_boxes(boxes, order), logits.gather(1, order), counts, strict=True)
+    return [Proposals(boxes[:count], logits[:count]) for boxes, logits, count in best]
+
+
+def _stacked(levels: list[Tensor], length: int, filler: float) -> Tensor:
+    """Levels [B, k, ...] of different k as one tensor [B, L, length, ...]."""
+    batch, _, *rest = levels[0].shape
+    whole = levels[0].new_full((batch, len(levels), length, *rest), filler)
+    for i, of_level in enumerate(levels):
+        whole[:, i, : of_level.shape[1]] = of_level
+    return whole
