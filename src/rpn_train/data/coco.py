@@ -127,7 +127,7 @@ def _to_index(
         image_ids=image_ids,
         file_names=[image.file_name for image in file.images],
         sizes=np.stack([_column(file.images, name, np.int64) for name in ("height", "width")], 1),
-        box_rows=by_id[np.searchsorted(image_ids, box_image_ids[read], sorter=by_id)],
+        box_rows=by_id[np.searchsorted(image_ids[by_id], box_image_ids[read])],
         box_ids=ids[read],
         boxes_xywh=np.fromiter(numbers, np.float64, 4 * len(found)).reshape(-1, 4)[read],
         areas=_column(found, "area", np.float64)[read],

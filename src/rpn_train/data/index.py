@@ -123,9 +123,10 @@ def build_index(
     assert len(image_ids) == len(file_names) == len(sizes)
     assert len(box_rows) == len(box_ids) == len(boxes_xywh) == len(areas) == len(ignore)
     _check_images(source, image_ids, file_names, sizes)
-    check_format(source, boxes_xywh, sizes[box_rows])
+    of_boxes = sizes[box_rows]
+    check_format(source, boxes_xywh, of_boxes)
     all_names = np.array(file_names, np.object_)
-    faults = box_faults(boxes_xywh, sizes[box_rows])
+    faults = box_faults(boxes_xywh, of_boxes)
     faulty = [
         LeftOut(
             all_names[box_rows[m]],
@@ -137,23 +138,24 @@ def build_index(
     ]
     sound = np.flatnonzero(faults == 0)
     sound = sound[np.argsort(box_rows[sound], kind="stable")]
-    objects = np.bincount(box_rows[sound][~ignore[sound]], minlength=len(file_names))  # [N]
+    rows = box_rows[sound]
+    objects = np.bincount(rows[~ignore[sound]], minlength=len(file_names))  # [N]
     kept = (objects > 0) | keep_empty
     if not kept.any():
         raise DataError(f"expected at least one image with an object, got none: {source}")
     empty = [LeftOut(name, None, NO_OBJECT) for name in all_names[~kept]]
-    order = sound[kept[box_rows[sound]]]
+    order = sound[kept[rows]]
     names = [name.encode() for name in all_names[kept]]
-    width_height = boxes_xywh[order, 2:]
+    boxes, given = boxes_xywh[order], areas[order]
     return Index(
         root=root,
         image_ids=image_ids[kept],
         sizes=sizes[kept].astype(np.int32),
         name_bytes=np.frombuffer(b"".join(names), np.uint8),
         name_offsets=_offsets([len(name) for name in names]),
-        box_offsets=_offsets(np.bincount(box_rows[order], minlength=len(kept))[kept]),
-        boxes_xywh=boxes_xywh[order],
-        areas=np.where(np.isnan(areas[order]), width_height.prod(axis=1), areas[order]),
+        box_offsets=_offsets(np.bincount(rows, minlength=len(kept))[kept]),
+        boxes_xywh=boxes,
+        areas=np.where(np.isnan(given), boxes[:, 2:].prod(axis=1), given),
         ignore=ignore[order],
         left_out=(*left_out, *faulty, *empty),
     )
