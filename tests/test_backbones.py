@@ -191,6 +191,12 @@ def test_frozen_stages_out_of_range(name: str, stages: int) -> None:
         build(name, frozen_stages=stages)
 
 
+def test_a_norm_of_a_pyramid_that_is_not_there() -> None:
+    expected = "fpn_norm: expected null for resnet18_c4, which has no pyramid, got bn$"
+    with torch.device("meta"), pytest.raises(ConfigError, match=expected):
+        build("resnet18_c4", fpn_norm="bn")
+
+
 def test_frozen_stages_keep_their_statistics() -> None:
     backbone = build("resnet18_fpn", frozen_stages=2)
     assert backbone.training

@@ -1,6 +1,7 @@
 """The commands as a person meets them: one line for each fault, and what was typed is what runs."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,7 @@ from rpn_train.compose import groups, lay_over, parse, readable, sweep_values
 from rpn_train.config import TrainConfig
 from rpn_train.errors import ConfigError
 from rpn_train.options import from_mapping, to_mapping, walk
+from rpn_train.report import record_run
 from rpn_train.run_log import write_yaml
 
 TINY = {  # a network that is built in a moment, on images that are drawn in one
@@ -147,6 +149,7 @@ def test_faults_of_the_data(run: Run, tmp_path: Path) -> None:
         assert out == f"run       {folder}\n"
         assert err.startswith("error: ")
         assert err.count("\n") == 1
+        assert not folder.exists()
         return err.removeprefix("error: ").strip().replace(str(root), "ROOT")
 
     assert fault() == (
@@ -194,11 +197,19 @@ def test_anchors_of_another_number_of_levels(run: Run, tmp_path: Path) -> None:
 
 
 def test_output_dir(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "train", lambda cfg, folder, ranks: None)
     folder = tmp_path / "run"
+    monkeypatch.setattr(cli, "train", lambda cfg, folder, ranks: None)
     assert run(cli._train, f"output_dir={folder}") == (0, f"run       {folder}\n", "")
+    assert not folder.exists()  # nothing has been trained
+    folder.mkdir()
+    assert run(cli._train, f"output_dir={folder}")[0] == 0
+    assert os.listdir(folder) == ["lock"]  # the folder was there
+    monkeypatch.setattr(cli, "train", lambda cfg, *rest: record_run(folder, cfg, rest[-1]))
+    folder = tmp_path / "other"
+    for _ in range(2):  # the second time it holds no figure yet
+        assert run(cli._train, f"output_dir={folder}") == (0, f"run       {folder}\n", "")
+    assert sorted(os.listdir(folder)) == ["config.yaml", "environment.json", "lock"]
     assert json.loads((folder / "environment.json").read_text())["processes"] == 1
-    assert run(cli._train, f"output_dir={folder}")[0] == 0  # nothing has been trained in it yet
     (folder / "metrics.jsonl").touch()
     holds = (
         f"error: output_dir: {folder} holds a run already; give resume=auto to go on with it, or "

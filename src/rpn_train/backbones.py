@@ -192,6 +192,10 @@ def build_backbone(
         close = difflib.get_close_matches(name, BACKBONES, n=1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
         raise ConfigError(f"backbone.name: expected {expected}, got '{name}'{hint}")
+    if backbone.fpn is None and fpn_norm is not None:
+        raise ConfigError(
+            f"backbone.fpn_norm: expected null for {name}, which has no pyramid, got {fpn_norm}"
+        )
     backbone.freeze(frozen_stages)
     return backbone
 

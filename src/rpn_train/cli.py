@@ -14,9 +14,7 @@ from rpn_train.config import TrainConfig
 from rpn_train.distributed import launched, start
 from rpn_train.errors import CheckpointError, ConfigError
 from rpn_train.options import describe_range, describe_type, from_mapping, plain, to_mapping, walk
-from rpn_train.report import environment
 from rpn_train.run_folder import default_folder, run_folder
-from rpn_train.run_log import write_json
 from rpn_train.shell import check_device, guarded, launch, num_processes
 from rpn_train.train import train
 
@@ -110,7 +108,6 @@ def _run(cfg: TrainConfig, folder: Path) -> int:
         with held if ranks.is_main else nullcontext():
             if ranks.is_main:
                 print(f"run       {folder}", flush=True)
-                write_json(folder / "environment.json", environment(ranks))
             ranks.any(False)  # wait for the folder
             stopped_by = train(cfg, folder, ranks)
     return 0 if stopped_by is None else 128 + stopped_by

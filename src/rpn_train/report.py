@@ -30,11 +30,18 @@ from rpn_train.method_targets import method_at
 from rpn_train.options import differences, to_mapping
 from rpn_train.recall import Recall
 from rpn_train.recall_report import recall_curves, recall_table
-from rpn_train.run_log import RunLog, memory_mb, write_json
+from rpn_train.run_log import RunLog, memory_mb, write_json, write_yaml
 from rpn_train.run_state import RunState, save
 from rpn_train.step import HISTORY, Clock
 from rpn_train.stop import StopRequest
 from rpn_train.targets import Picks
+
+
+def record_run(folder: Path, cfg: TrainConfig, ranks: Ranks) -> None:
+    """Write what is run, and on what: `config.yaml`, which a run goes on with, and the rest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(folder / "config.yaml", to_mapping(cfg))
+    write_json(folder / "environment.json", environment(ranks))
 
 
 def describe_run(

@@ -31,8 +31,8 @@ def make_folder(folder: Path) -> None:
 def run_folder(folder: Path, *, goes_on: bool) -> Iterator[None]:
     """Make the folder of a run and hold it; refuse one that holds, or is held by, another run.
 
-    A run that a fault of the input ended before its first figure does not count. The hold ends with
-    the process, however it ends.
+    A run that a fault of the input ended before its first figure does not count, and leaves no
+    folder that was not there. The hold ends with the process, however it ends.
 
     Raises:
         ConfigError: another run is there, or the folder cannot be written to.
@@ -43,6 +43,7 @@ def run_folder(folder: Path, *, goes_on: bool) -> Iterator[None]:
             f"output_dir: {folder} holds a run already; give resume=auto to go on with it, or "
             "another folder"
         )
+    made = not folder.exists()
     make_folder(folder)
     with open(folder / "lock", "a+", encoding="utf-8") as lock:
         try:
@@ -56,4 +57,9 @@ def run_folder(folder: Path, *, goes_on: bool) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and os.listdir(folder) == ["lock"]:
+                os.remove(lock.name)
+                folder.rmdir()

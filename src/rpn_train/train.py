@@ -10,9 +10,15 @@ from rpn_train.config import TrainConfig
 from rpn_train.data.loading import load
 from rpn_train.data_report import DataReport
 from rpn_train.distributed import Ranks
-from rpn_train.options import to_mapping
-from rpn_train.report import describe_run, finish_run, log_evaluation, log_step, log_training_batch
-from rpn_train.run_log import RunLog, write_yaml
+from rpn_train.report import (
+    describe_run,
+    finish_run,
+    log_evaluation,
+    log_step,
+    log_training_batch,
+    record_run,
+)
+from rpn_train.run_log import RunLog
 from rpn_train.run_state import build_state, last_of, resume, save
 from rpn_train.schedule import lr_at
 from rpn_train.splits import open_split
@@ -47,8 +53,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: Ranks) -> int | None:
     changed = resume(state, cfg, folder, ranks)
     first, pieces = state.step + 1, cfg.schedule.accumulate
     if ranks.is_main:  # not before: a folder that cannot be resumed stays as it was
-        folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(folder / "config.yaml", to_mapping(cfg))
+        record_run(folder, cfg, ranks)
     main_folder = folder if ranks.is_main else None
     log = RunLog(main_folder, total=total, first=first)
     eval_batches = build_eval_batches(cfg, val_index, val_read, divisor, ranks)
