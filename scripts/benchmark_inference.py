@@ -37,7 +37,7 @@ def check_proposals(bench: Bench, theirs: TorchvisionRPN) -> float:
     The outputs differ by rounding, which now and then decides what NMS keeps of two boxes.
     """
     exact = bench._replace(cfg=replace(bench.cfg, precision="fp32"))
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours, expected = our_proposals(exact)(), theirs.eval()(bench.batch)[0]
     shares = []
     for found, boxes in zip(ours, expected, strict=True):

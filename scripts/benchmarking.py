@@ -207,7 +207,7 @@ def their_canvas(batch: Batch) -> Batch:
 def check_outputs(bench: Bench, theirs: TorchvisionRPN) -> None:
     """Both networks give the same at every anchor of one canvas, in float32."""
     images = normalize_images(bench.batch.images, bench.batch.sizes)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours = bench.state.model(images)
         outputs = theirs.rpn.head([*theirs.backbone(images).values()])
     for our, levels in zip(ours[:2], outputs, strict=True):

@@ -150,18 +150,55 @@ def test_a_step_makes_no_proposals() -> None:
     assert evaluation.calls["torchvision::nms"] == BATCH * 5  # once for each image and level
 
 
+class BlockingCopies(TorchDispatchMode):
+    """Counts copies from the CPU to another device that would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[1 if func.overloadpacket is torch.ops.aten.copy_ else 0]
+            waits = not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
+            self.count += waits and source.device.type == "cpu" and result.device == META
+        return result
+
+
 @pytest.mark.parametrize("done", [0.0, 0.9])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_needs_no_number_from_its_device(method: str, done: float) -> None:
-    """All of it, with the update: a GPU would be waited for, and here is none to be had."""
-    cfg = compose_run([f"method={method}", "backbone.name=resnet18_fpn", "schedule.batch_size=2"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *[f"method={method}" for method in METHODS],
+        "schedule.optimizer=adamw schedule.clip_norm=1 schedule.ema=0.9 schedule.accumulate=2",
+    ],
+)
+def test_a_step_waits_for_nothing(chosen: str, done: float) -> None:
+    """All of it, with the update: no number is read, and no copy is waited for."""
+    cfg = compose_run([*chosen.split(), "backbone.name=resnet18_fpn", "schedule.batch_size=2"])
     state = build_state(cfg, META)
-    batch = draw_batch((256, 384), 3)
-    training_step(state, state.model, iter([batch]), cfg, 0.01, done, Clock(), Ranks(0, 1, META))
+    batches = iter([draw_batch((256, 384), 3)] * cfg.schedule.accumulate)
+    batch_losses(state.model, state.model.grid, draw_batch((256, 384), 1).to(META), cfg, 0.0)
+    with BlockingCopies() as copies:
+        training_step(state, state.model, batches, cfg, 0.01, done, Clock(), Ranks(0, 1, META))
+    assert copies.count == 0
     (numbers,) = state.pending
     assert (numbers.shape, numbers.device) == ((4,), META)
-    with pytest.raises(RuntimeError, match="meta"):
-        numbers.tolist()
+
+
+def test_waits_are_noticed() -> None:
+    """Guards the test above."""
+    value = torch.zeros(3)
+    with BlockingCopies() as copies:
+        value.to(META, non_blocking=True)
+        assert copies.count == 0
+        value.to(META)
+        torch.zeros(3, device=META).copy_(value)
+    assert copies.count == 2
+    for read in (Tensor.tolist, Tensor.nonzero, lambda tensor: bool(tensor.any())):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            read(value.to(META))
 
 
 def count_targets(objects: int, device: torch.device) -> Operations:

@@ -254,8 +254,8 @@ def test_on_a_gpu_nothing_waits(box_kind):
     on_device = {name: tensor.detach().to("cuda") for name, tensor in case.items()}
     outputs = [on_device[k].requires_grad_() for k in ("logits", "deltas", "centerness_logits")]
     options = OPTIONS | {"box_kind": box_kind}
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         losses = dense_losses(**on_device, **options)
         torch.autograd.grad(losses.objectness + losses.box + losses.centerness, outputs)
     finally:

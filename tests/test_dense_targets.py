@@ -456,8 +456,8 @@ def test_on_a_gpu_nothing_waits_and_the_labels_are_the_same():
     inputs = draw_inputs()
     on_device = [tensor.to("cuda") for tensor in inputs]
     assign_both(*on_device)  # kernels are loaded
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         results = assign_both(*on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -36,8 +36,8 @@ def config(*overrides: str) -> TrainConfig:
 @contextmanager
 def without_waiting() -> Iterator[None]:
     """Whatever waits for the GPU is an error."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -77,7 +77,7 @@ def test_steps_are_those_of_a_cpu(method: str) -> None:
     cfg = config(f"method={method}")
     batches = [draw_batch(CANVAS, objects) for objects in (3, 5, 2)]
     rows = []
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for device in (CPU, GPU):
             state = build_state(cfg, device)
             take_steps(state, state.model.train(), batches, cfg, Ranks(0, 1, device))
@@ -91,7 +91,7 @@ def test_proposals_are_those_of_a_cpu(method: str) -> None:
     cfg = config(f"method={method}")
     batch = draw_batch(CANVAS, 1)
     found = []
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for device in (CPU, GPU):
             model = build_state(cfg, device).model.eval()
             found.append(propose_batch(model, batch.to(device), cfg))
@@ -113,15 +113,15 @@ def count_waits(images: int) -> int:
     cfg = config()
     model, batch = build_state(cfg, GPU).model.eval(), draw_batch(CANVAS, 1, images).to(GPU)
     propose_batch(model, batch, cfg)
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
             found = propose_batch(model, batch, cfg)
             torch.cat([of_image.boxes for of_image in found]).cpu()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def test_proposals_of_many_images_wait_no_oftener() -> None:

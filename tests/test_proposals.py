@@ -20,7 +20,7 @@ LENGTHS = GRID.level_lengths(CANVAS)
 OPTIONS = {"pre_nms": 50, "post_nms": 40, "nms_iou": 0.5, "min_size": 3.0}
 
 
-@pytest.fixture(params=[best_one_by_one, best_at_once], autouse=True)
+@pytest.fixture(params=[best_one_by_one, best_at_once])
 def way(request, monkeypatch):
     monkeypatch.setattr(proposals, "best_one_by_one", request.param)
 
@@ -61,6 +61,7 @@ def draw(seed):
     return logits, torch.randn(3, len(anchors), 4) * 0.4, anchors
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "changed",
     [
@@ -87,6 +88,7 @@ def test_proposals_are_the_plain_ones(changed):
         assert_close(boxes, torch.tensor([box for _, box in expected]).view(-1, 4))
 
 
+@pytest.mark.usefixtures("way")
 def test_some_image_is_cut_short_in_every_way():
     """Guards the test above: its images do meet the border, NMS and both limits."""
     logits, deltas, anchors = draw(seed=0)
@@ -98,6 +100,7 @@ def test_some_image_is_cut_short_in_every_way():
     assert LENGTHS == [192, 48]
 
 
+@pytest.mark.usefixtures("way")
 def test_ties():
     """Five logits: whatever the order among equals, it is a suppression that keeps the best."""
     _, deltas, anchors = draw(seed=3)
@@ -126,6 +129,7 @@ def test_ties():
             )
 
 
+@pytest.mark.usefixtures("way")
 def test_levels_do_not_suppress_each_other():
     """The same box on two levels stays twice; a level of low logits has its own candidates."""
     anchors = torch.tensor([[0.0, 0, 20, 20]] * 5 + [[30.0, 30, 40, 40]])
@@ -138,7 +142,41 @@ def test_levels_do_not_suppress_each_other():
     assert found[0].boxes.tolist() == [[0, 0, 20, 20]] * 2
 
 
+@pytest.mark.usefixtures("way")
 def test_nothing_left():
     logits, deltas, anchors = draw(seed=0)
     found = make_proposals(logits, deltas, anchors, LENGTHS, SIZES, **OPTIONS | {"min_size": 65})
     assert [(boxes.shape, scores.shape) for boxes, scores in found] == [((0, 4), (0,))] * 3
+
+
+VALUES = {
+    "numbers": None,
+    "ties": [0.0, 1.0, 2.0, -0.0],
+    "no numbers": [torch.nan, torch.inf, -torch.inf, 0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("min_size", [0.0, 3.0, 100.0])
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_both_ways_are_one(values, min_size):
+    """Bit for bit, with levels of any length and boxes without extent or number among them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw_level(length):
+        draw = torch.rand(3, 2, length, 2, generator=generator)
+        corners, sides = 30 * draw[0], 20 * draw[1] * (draw[2] > 0.2)
+        boxes = torch.cat([corners, corners + sides], dim=-1)
+        boxes[torch.rand(2, length, generator=generator) < 0.05] = torch.nan
+        logits = torch.randn(2, length, generator=generator)
+        if values is not None:
+            choice = torch.randint(len(values), (2, length), generator=generator)
+            logits = torch.tensor(values)[choice]
+        return boxes, logits.sort(dim=1, descending=True).values
+
+    for lengths in ([24, 24], [7], [20, 0, 5], [3, 24, 1]):
+        candidates = [draw_level(length) for length in lengths]
+        for post_nms, nms_iou in ((1, 0.5), (5, 0.0), (20, 0.7), (1000, 1.0)):
+            limits = {"post_nms": post_nms, "nms_iou": nms_iou, "min_size": min_size}
+            expected = best_one_by_one(candidates, **limits)
+            found = best_at_once(candidates, **limits)
+            assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,10 +1,13 @@
-"""Learning rates by hand, and which parameters decay."""
+"""Learning rates by hand, which parameters decay, and averages."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
-from rpn_train.schedule import build_optimizer, lr_at
+from rpn_train.schedule import build_optimizer, lr_at, update_average
 
 
 def rates(total, decay, *, warmup=0.0, milestones=(2 / 3, 11 / 12)):
@@ -75,3 +78,23 @@ def test_momentum_goes_where_it_belongs():
     model = nn.Linear(2, 1)
     assert build_optimizer(model, name="sgd", **options).defaults["momentum"] == 0.8
     assert build_optimizer(model, name="adamw", **options).defaults["betas"] == (0.8, 0.999)
+
+
+def test_averaged_weights():
+    """What is left of the initial ones, and a share of all values since; counts are the last."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    average, initial = copy.deepcopy(model), copy.deepcopy(model).state_dict()
+    expected = {key: value.double() for key, value in initial.items()}
+    for _ in range(3):
+        model(torch.rand(4, 2))  # moves the statistics
+        with torch.no_grad():
+            model[0].weight += torch.rand(3, 2)
+        update_average(average, model, 0.75)
+        for key, value in model.state_dict().items():
+            expected[key] = 0.75 * expected[key] + 0.25 * value
+    found = average.state_dict()
+    assert found.pop("1.num_batches_tracked") == 3
+    for key, value in found.items():
+        assert_close(value, expected[key].float())
+    assert not torch.equal(found["1.running_mean"], model.state_dict()["1.running_mean"])
+    assert torch.equal(found["1.weight"], initial["1.weight"])

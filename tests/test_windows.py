@@ -222,8 +222,8 @@ def test_on_a_gpu_nothing_waits_and_the_labels_are_the_same():
         grid, canvas, targets, rule = draw_batch(seed)
         on_device = [tensor.to(device) for tensor in targets]
         grid_anchors(grid, canvas, device)
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             labels, matches = assign(grid, canvas, *on_device, **rule)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.ops import nms
 
 from rpn_train.boxes import clip, decode, take_boxes
@@ -111,23 +112,16 @@ def best_at_once(
     """
     most = max(logits.shape[1] for _, logits in candidates)
     # boxes of no number are not large, and overlap nothing
-    boxes = _stacked([boxes for boxes, _ in candidates], most, torch.nan)  # [B, L, k, 4]
-    logits = _stacked([logits for _, logits in candidates], most, -torch.inf)  # [B, L, k]
+    missing = [most - logits.shape[1] for _, logits in candidates]
+    levels = [*zip(candidates, missing, strict=True)]
+    boxes = torch.stack([F.pad(b, (0, 0, 0, n), value=torch.nan) for (b, _), n in levels], 1)
+    logits = torch.stack([F.pad(logits, (0, n)) for (_, logits), n in levels], 1)  # [B, L, k]
     large = (boxes[..., 2:] - boxes[..., :2] >= min_size).all(-1)
     kept = suppress(boxes.flatten(0, 1), large.flatten(0, 1), nms_iou).view_as(large).flatten(1)
     boxes, logits = boxes.flatten(1, 2), logits.flatten(1)
     least = torch.finfo(logits.dtype).min  # so that what is kept comes before what is not
     ranks = torch.where(kept, logits.clamp(min=least), -torch.inf)
     order = ranks.argsort(dim=1, descending=True, stable=True)[:, :post_nms]
-    counts = kept.sum(1).clamp(max=post_nms).tolist()
+    counts = kept.sum(1).tolist()
     best = zip(take_boxes(boxes, order), logits.gather(1, order), counts, strict=True)
     return [Proposals(boxes[:count], logits[:count]) for boxes, logits, count in best]
-
-
-def _stacked(levels: list[Tensor], length: int, filler: float) -> Tensor:
-    """Levels [B, k, ...] of different k as one tensor [B, L, length, ...]."""
-    batch, _, *rest = levels[0].shape
-    whole = levels[0].new_full((batch, len(levels), length, *rest), filler)
-    for i, of_level in enumerate(levels):
-        whole[:, i, : of_level.shape[1]] = of_level
-    return whole

@@ -1,13 +1,13 @@
 """What a checkpoint of a run holds, and the way into a checkpoint and back."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rpn_train import checkpoint
 from rpn_train.build import build_model
@@ -44,7 +44,7 @@ class RunState:
     model: RPN
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: RPN | None
     step: int = 0
     evaluated: int = -1
     best_ar_100: float = -1.0
@@ -55,7 +55,7 @@ class RunState:
     @property
     def judged(self) -> RPN:
         """The network that is evaluated: the averaged weights where there are some."""
-        return self.model if self.ema is None else cast(RPN, self.ema.module)
+        return self.ema or self.model
 
 
 def build_state(cfg: TrainConfig, device: torch.device, *, initial: bool = True) -> RunState:
@@ -70,10 +70,7 @@ def build_state(cfg: TrainConfig, device: torch.device, *, initial: bool = True)
         weight_decay=cfg.schedule.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    ema = None
-    if cfg.schedule.ema is not None:
-        average = get_ema_multi_avg_fn(cfg.schedule.ema)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    ema = None if cfg.schedule.ema is None else deepcopy(model)
     return RunState(model, optimizer, scaler, ema)
 
 
@@ -94,7 +91,7 @@ def save(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks, name: st
         "history": state.history,
         "config": to_mapping(cfg),
         "model": state.model.state_dict(),
-        "ema": state.ema and state.ema.module.state_dict(),
+        "ema": state.ema and state.ema.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
     }
@@ -129,8 +126,7 @@ def resume(state: RunState, cfg: TrainConfig, folder: Path, ranks: Ranks) -> dic
         )
     checkpoint.load_weights(state.model, saved["model"], path)
     if state.ema is not None:
-        checkpoint.load_weights(state.ema.module, saved["ema"] or saved["model"], path)
-        state.ema.n_averaged.fill_(saved["step"])
+        checkpoint.load_weights(state.ema, saved["ema"] or saved["model"], path)
     if "schedule.optimizer" not in changed:
         state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
@@ -157,7 +153,7 @@ def start_from(state: RunState, cfg: TrainConfig, where: str) -> dict[str, str]:
         said = f"; changed: {'; '.join(network)}" if network else ""
         raise CheckpointError(f"{error}{said}") from error
     if state.ema is not None:
-        checkpoint.load_weights(state.ema.module, weights, f"init_from {where}")
+        checkpoint.load_weights(state.ema, weights, f"init_from {where}")
     return {key: change for key, change in changed.items() if key.startswith(_ARCHITECTURE)}
 
 

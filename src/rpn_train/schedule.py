@@ -1,4 +1,4 @@
-"""Optimizer and learning rate. The rate of a step follows from its number alone."""
+"""Optimizer, learning rate, averaged weights. The rate of a step follows from its number alone."""
 
 import math
 from collections.abc import Sequence
@@ -49,3 +49,17 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
     assert name == "adamw"
     return torch.optim.AdamW(groups, lr=0.0, betas=(momentum, 0.999))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Let the exponential moving average of all weights and buffers follow those of the model.
+
+    Not by torch's AveragedModel, which waits for a GPU in every step.
+    """
+    averages, values = ([*m.parameters(), *m.buffers()] for m in (average, model))
+    floats = [i for i, value in enumerate(values) if value.is_floating_point()]
+    torch._foreach_lerp_([averages[i] for i in floats], [values[i] for i in floats], 1 - decay)
+    for number, value in zip(averages, values, strict=True):
+        if not value.is_floating_point():  # how many batches a norm has seen
+            number.copy_(value)

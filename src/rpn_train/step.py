@@ -17,6 +17,7 @@ from rpn_train.distributed import Ranks
 from rpn_train.errors import DivergedError
 from rpn_train.objective import batch_losses, positives_expected
 from rpn_train.run_state import RunState
+from rpn_train.schedule import update_average
 from rpn_train.targets import Picks
 
 # The columns of RunState.history.
@@ -99,7 +100,7 @@ def training_step(
     norm = get_total_norm(gradients)
     if cfg.schedule.clip_norm is not None:
         clip_grads_with_norm_(parameters, cfg.schedule.clip_norm, norm)
-    _update(state, norm, before)
+    _update(state, norm, before, cfg.schedule.ema)
     # the norm is the same in all processes, which are summed over when this is read
     state.pending.append(torch.cat([terms, norm[None] / ranks.world]))
     state.step += 1
@@ -107,7 +108,9 @@ def training_step(
     return batch, picks
 
 
-def _update(state: RunState, norm: Tensor, before: list[Tensor] | None) -> None:
+def _update(
+    state: RunState, norm: Tensor, before: list[Tensor] | None, ema_decay: float | None
+) -> None:
     """Update the weights, or leave the step out where its gradient is not finite.
 
     Args:
@@ -121,8 +124,8 @@ def _update(state: RunState, norm: Tensor, before: list[Tensor] | None) -> None:
     else:
         state.skipped = 0
         state.scaler.step(state.optimizer)
-        if state.ema is not None:
-            state.ema.update_parameters(state.model)
+        if state.ema is not None and ema_decay is not None:
+            update_average(state.ema, state.model, ema_decay)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
 

@@ -68,7 +68,7 @@ class Batch:
         A GPU copies while it computes what it was given before; only what comes after waits.
         """
         if device.type != "cuda":
-            return self._each(lambda tensor: tensor.to(device))
+            return self._each(lambda tensor: tensor.to(device, non_blocking=True))
         copying, computing = _copy_stream(device), torch.cuda.current_stream(device)
         with torch.cuda.stream(copying):
             batch = self._each(lambda tensor: tensor.to(device, non_blocking=True))
