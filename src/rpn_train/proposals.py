@@ -111,9 +111,9 @@ def best_at_once(
     It is waited for where `suppress` looks whether it is done, and once to count what is left.
     """
     most = max(logits.shape[1] for _, logits in candidates)
-    # boxes of no number are not large, and overlap nothing
     missing = [most - logits.shape[1] for _, logits in candidates]
     levels = [*zip(candidates, missing, strict=True)]
+    # boxes of no number are not large, and overlap nothing
     boxes = torch.stack([F.pad(b, (0, 0, 0, n), value=torch.nan) for (b, _), n in levels], 1)
     logits = torch.stack([F.pad(logits, (0, n)) for (_, logits), n in levels], 1)  # [B, L, k]
     large = (boxes[..., 2:] - boxes[..., :2] >= min_size).all(-1)
